@@ -1,0 +1,41 @@
+// Shape of a GPT-2-family network, and where it is read from.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace fastgen::engine {
+
+// Which matrix turns the last hidden state into logits.
+enum class Head {
+  kAsStored,  // `lm_head` where there is one that differs from the word embedding
+  kTied,      // the word embedding; a different `lm_head` is an error
+  kSeparate,  // `lm_head`, which must be there
+};
+
+struct ModelConfig {
+  int32_t vocab_size = 0;
+  int32_t max_positions = 0;
+  int32_t hidden_size = 0;
+  int32_t num_layers = 0;
+  int32_t num_heads = 0;
+  int32_t intermediate_size = 0;
+  float layer_norm_eps = 1e-5f;
+  int32_t bos_token_id = -1;
+  int32_t eos_token_id = -1;
+  int32_t pad_token_id = -1;
+  Head head = Head::kAsStored;
+
+  int32_t head_size() const { return hidden_size / num_heads; }
+};
+
+// Throws Error(kInvalidArgument) naming the first member that is outside what the engine runs.
+// `where` is put before the message, e.g. the file it came from.
+void CheckConfig(const ModelConfig& config, const std::string& where);
+
+// Reads `config.json` of a HuggingFace GPT-2 directory; `path` is the file. Throws
+// Error(kNotFound), or Error(kBadFile) for anything that is not a GPT-2 (another model_type,
+// another activation, missing or absurd sizes); what it returns passes CheckConfig().
+ModelConfig ReadHuggingFaceConfig(const std::string& path);
+
+}  // namespace fastgen::engine

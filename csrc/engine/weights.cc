@@ -1,0 +1,382 @@
+#include "engine/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <set>
+
+#include "base/error.h"
+
+namespace fastgen::engine {
+
+namespace {
+
+using io::DType;
+using io::TensorView;
+
+// How a family of checkpoints names its tensors. Roles of a layer are completed by ".weight" and
+// ".bias"; everything but the head may stand behind `prefix`.
+struct Naming {
+  const char* prefix;
+  const char* embedding;
+  const char* positions;
+  const char* final_norm;
+  const char* layer;
+  const char* norm1;
+  const char* query;  // q, k and v apart; null if the family always fuses them
+  const char* key;
+  const char* value;
+  const char* fused;  // q, k and v in one tensor
+  bool interleaved;   // fused head by head, [heads, 3, head_size], rather than [3, hidden]
+  const char* attention_out;
+  const char* norm2;
+  const char* feed_forward_in;
+  const char* feed_forward_out;
+  const char* heads[2];
+  const char* buffers[2];  // of a layer: no weights, left out
+};
+
+constexpr Naming kNamings[] = {
+    // HuggingFace GPT-2
+    {"transformer.",
+     "wte.weight",
+     "wpe.weight",
+     "ln_f",
+     "h.",
+     "ln_1",
+     nullptr,
+     nullptr,
+     nullptr,
+     "attn.c_attn",
+     false,
+     "attn.c_proj",
+     "ln_2",
+     "mlp.c_fc",
+     "mlp.c_proj",
+     {"lm_head.weight", nullptr},
+     {"attn.bias", "attn.masked_bias"}},
+    // PaddleNLP GPT
+    {"gpt.",
+     "embeddings.word_embeddings.weight",
+     "embeddings.position_embeddings.weight",
+     "decoder.norm",
+     "decoder.layers.",
+     "norm1",
+     "self_attn.q_proj",
+     "self_attn.k_proj",
+     "self_attn.v_proj",
+     "self_attn.qkv_proj",
+     true,
+     "self_attn.out_proj",
+     "norm2",
+     "linear1",
+     "linear2",
+     {"lm_head.weight", "lm_head.decoder_weight"},
+     {nullptr, nullptr}},
+};
+
+constexpr int Index(Matrix which) { return static_cast<int>(which); }
+constexpr int Index(Vector which) { return static_cast<int>(which); }
+
+constexpr Matrix kQkvMatrices[] = {Matrix::kQuery, Matrix::kKey, Matrix::kValue};
+constexpr Vector kQkvBiases[] = {Vector::kQueryBias, Vector::kKeyBias, Vector::kValueBias};
+
+void CheckRange(int64_t begin, int64_t end, int64_t size) {
+  if (begin < 0 || begin > end || end > size) {
+    throw base::Error(FASTGEN_INTERNAL, "weights [" + std::to_string(begin) + ", " +
+                                            std::to_string(end) + ") of " + std::to_string(size) +
+                                            " were asked for");
+  }
+}
+
+}  // namespace
+
+// Finds the tensors of every role and keeps account of what is missing, wrong or left over.
+class WeightSource::Binder {
+ public:
+  Binder(const ModelConfig& config, const io::TensorSource& source, const std::string& where)
+      : config_(config), where_(where) {
+    for (const TensorView& tensor : source.tensors()) {
+      if (!tensors_.emplace(tensor.name, &tensor).second) {
+        Fail("tensor " + base::Quote(tensor.name) + " is given twice");
+      }
+    }
+    ChooseNaming(source);
+  }
+
+  void Bind(WeightSource* weights) {
+    const int64_t hidden = config_.hidden_size;
+    weights->embedding_ = Find(prefix_ + naming_->embedding, {config_.vocab_size, hidden});
+    weights->positions_ = Find(prefix_ + naming_->positions, {config_.max_positions, hidden});
+    weights->layers_.resize(static_cast<size_t>(config_.num_layers));
+    for (int32_t i = 0; i < config_.num_layers; ++i) {
+      BindLayer(prefix_ + naming_->layer + std::to_string(i) + ".",
+                &weights->layers_[static_cast<size_t>(i)]);
+    }
+    weights->final_norm_weight_ = Find(prefix_ + naming_->final_norm + ".weight", {hidden});
+    weights->final_norm_bias_ = Find(prefix_ + naming_->final_norm + ".bias", {hidden});
+    BindHead(weights);
+    Finish();
+  }
+
+ private:
+  [[noreturn]] void Fail(const std::string& what) const {
+    throw base::Error(FASTGEN_BAD_FILE, where_ + ": " + what);
+  }
+
+  bool Has(const std::string& name) const { return tensors_.count(name) != 0; }
+
+  void ChooseNaming(const io::TensorSource& source) {
+    for (const Naming& naming : kNamings) {
+      for (const char* prefix : {naming.prefix, ""}) {
+        if (Has(std::string(prefix) + naming.embedding)) {
+          naming_ = &naming;
+          prefix_ = prefix;
+          return;
+        }
+      }
+    }
+    Fail(std::string("has no word embedding, neither ") + base::Quote(kNamings[0].embedding) +
+         " (HuggingFace GPT-2) nor " + base::Quote(kNamings[1].embedding) + " (PaddleNLP GPT); " +
+         (source.tensors().empty()
+              ? std::string("it has no tensor at all")
+              : "its first tensor is " + base::Quote(source.tensors()[0].name)));
+  }
+
+  // The tensor `name`, or null after noting what is wrong.
+  const TensorView* Find(const std::string& name, const std::vector<int64_t>& shape) {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) {
+      if (num_missing_++ == 0) first_missing_ = name;
+      return nullptr;
+    }
+    const TensorView* tensor = found->second;
+    used_.insert(name);
+    if (!first_wrong_.empty()) return tensor;
+    if (tensor->shape != shape) {
+      first_wrong_ = "tensor " + base::Quote(name) + " has the shape " + tensor->ShapeText() +
+                     ", the configuration asks for " + io::ShapeText(shape);
+    } else if (tensor->dtype == DType::kOther) {
+      first_wrong_ = "tensor " + base::Quote(name) + " has the type " +
+                     base::Quote(tensor->TypeText()) + ", it must be float32, float16 or bfloat16";
+    }
+    return tensor;
+  }
+
+  // Weight and bias of one matrix that has its tensors to itself.
+  void BindMatrix(const std::string& name, int64_t in, int64_t out, Part* weight, Part* bias) {
+    *weight = {Find(name + ".weight", {in, out}), out, 0, out, 0};
+    *bias = {Find(name + ".bias", {out}), out, 0, out, 0};
+  }
+
+  void BindLayer(const std::string& layer, Layer* parts) {
+    const int64_t hidden = config_.hidden_size;
+    const int64_t inner = config_.intermediate_size;
+    Part* m = parts->matrices;
+    Part* v = parts->vectors;
+    const auto norm = [&](const char* name, Vector weight, Vector bias) {
+      v[Index(weight)] = {Find(layer + name + ".weight", {hidden}), hidden, 0, hidden, 0};
+      v[Index(bias)] = {Find(layer + name + ".bias", {hidden}), hidden, 0, hidden, 0};
+    };
+    norm(naming_->norm1, Vector::kNorm1Weight, Vector::kNorm1Bias);
+    BindQkv(layer, parts);
+    BindMatrix(layer + naming_->attention_out, hidden, hidden, &m[Index(Matrix::kAttentionOut)],
+               &v[Index(Vector::kAttentionOutBias)]);
+    norm(naming_->norm2, Vector::kNorm2Weight, Vector::kNorm2Bias);
+    BindMatrix(layer + naming_->feed_forward_in, hidden, inner, &m[Index(Matrix::kFeedForwardIn)],
+               &v[Index(Vector::kFeedForwardInBias)]);
+    BindMatrix(layer + naming_->feed_forward_out, inner, hidden, &m[Index(Matrix::kFeedForwardOut)],
+               &v[Index(Vector::kFeedForwardOutBias)]);
+    for (const char* buffer : naming_->buffers) {
+      if (buffer != nullptr) used_.insert(layer + buffer);
+    }
+  }
+
+  void BindQkv(const std::string& layer, Layer* parts) {
+    const int64_t hidden = config_.hidden_size;
+    const std::string fused = layer + naming_->fused;
+    if (naming_->query != nullptr && !Has(fused + ".weight")) {
+      const char* names[] = {naming_->query, naming_->key, naming_->value};
+      for (int i = 0; i < 3; ++i) {
+        BindMatrix(layer + names[i], hidden, hidden, &parts->matrices[Index(kQkvMatrices[i])],
+                   &parts->vectors[Index(kQkvBiases[i])]);
+      }
+      return;
+    }
+    const TensorView* weight = Find(fused + ".weight", {hidden, 3 * hidden});
+    const TensorView* bias = Find(fused + ".bias", {3 * hidden});
+    const int64_t group = naming_->interleaved ? config_.head_size() : hidden;
+    for (int i = 0; i < 3; ++i) {
+      const Part part = {weight, hidden, i * group, group, 3 * group};
+      parts->matrices[Index(kQkvMatrices[i])] = part;
+      parts->vectors[Index(kQkvBiases[i])] = part;
+      parts->vectors[Index(kQkvBiases[i])].tensor = bias;
+    }
+  }
+
+  void BindHead(WeightSource* weights) {
+    for (const char* name : naming_->heads) {
+      if (name != nullptr && Has(name)) {
+        weights->head_ = Find(name, {config_.vocab_size, config_.hidden_size});
+        return;
+      }
+    }
+    if (config_.head == Head::kSeparate) {
+      Find(naming_->heads[0], {config_.vocab_size, config_.hidden_size});
+    }
+  }
+
+  // Complains in the order of what explains most.
+  void Finish() const {
+    if (!first_wrong_.empty()) Fail(first_wrong_);
+    if (num_missing_ > 0) {
+      Fail("tensor " + base::Quote(first_missing_) + " is missing (" +
+           std::to_string(num_missing_) + " missing in all); the configuration has num_layers " +
+           std::to_string(config_.num_layers));
+    }
+    for (const auto& tensor : tensors_) {
+      if (used_.count(tensor.first) == 0) {
+        Fail("tensor " + base::Quote(tensor.first) +
+             " is left over: it is no part of a GPT-2 with num_layers " +
+             std::to_string(config_.num_layers));
+      }
+    }
+  }
+
+  const ModelConfig& config_;
+  const std::string& where_;
+  std::map<std::string, const TensorView*> tensors_;
+  std::set<std::string> used_;
+  const Naming* naming_ = nullptr;
+  std::string prefix_;
+  std::string first_wrong_;
+  std::string first_missing_;
+  int64_t num_missing_ = 0;
+};
+
+WeightSource::WeightSource(const ModelConfig& config, io::TensorSource& source,
+                           const std::string& where)
+    : source_(source) {
+  Binder(config, source, where).Bind(this);
+  if (head_ == nullptr) return;
+  if (HeadEqualsEmbedding()) {
+    source_.Release(*head_);
+    head_ = nullptr;
+  } else if (config.head == Head::kTied) {
+    throw base::Error(FASTGEN_BAD_FILE, where + ": tensor " + base::Quote(head_->name) +
+                                            " differs from " + base::Quote(embedding_->name) +
+                                            ", the configuration says that they are tied");
+  }
+}
+
+bool WeightSource::HeadEqualsEmbedding() {
+  if (head_->dtype != embedding_->dtype) return false;
+  if (head_->data == embedding_->data) return true;
+  // Piece by piece, so that looking does not bring both into memory.
+  constexpr uint64_t kPiece = uint64_t{4} << 20;
+  const uint64_t size = static_cast<uint64_t>(head_->num_elements()) * io::DTypeSize(head_->dtype);
+  bool equal = true;
+  for (uint64_t begin = 0; equal && begin < size; begin += kPiece) {
+    const uint64_t end = std::min(size, begin + kPiece);
+    equal = std::memcmp(static_cast<const char*>(head_->data) + begin,
+                        static_cast<const char*>(embedding_->data) + begin, end - begin) == 0;
+    source_.ReleaseBytes(*head_, begin, end);
+    source_.ReleaseBytes(*embedding_, begin, end);
+  }
+  return equal;
+}
+
+void WeightSource::ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
+                            int64_t ld) {
+  CheckRange(begin, end, part.size);
+  const io::TensorView& tensor = *part.tensor;
+  const int64_t element = static_cast<int64_t>(io::DTypeSize(tensor.dtype));
+  const int64_t row_bytes = tensor.shape.back() * element;
+  const char* data = static_cast<const char*>(tensor.data);
+  // A few columns of many rows: every row is on another page, where no hardware prefetcher follows.
+  constexpr int64_t kAhead = 16;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = begin; column < end;) {
+      const int64_t group = column / part.group_size;
+      const int64_t in_group = column % part.group_size;
+      const int64_t count = std::min(end - column, part.group_size - in_group);
+      const int64_t stored = part.offset + group * part.group_stride + in_group;
+      if (row + kAhead < rows) {
+        const char* next = data + (row + kAhead) * row_bytes + stored * element;
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + count * element - 1);
+      }
+      io::ToFloat32(tensor.dtype, data + row * row_bytes + stored * element, count,
+                    out + row * ld + (column - begin));
+      column += count;
+    }
+  }
+}
+
+void WeightSource::ReadRows(const io::TensorView& table, int64_t begin, int64_t end, float* out) {
+  CheckRange(begin, end, table.shape[0]);
+  const int64_t offset = begin * table.shape[1] * static_cast<int64_t>(io::DTypeSize(table.dtype));
+  io::ToFloat32(table.dtype, static_cast<const char*>(table.data) + offset,
+                (end - begin) * table.shape[1], out);
+}
+
+void WeightSource::ReadColumns(int32_t layer, Matrix which, int64_t begin, int64_t end, float* out,
+                               int64_t ld) const {
+  const Part& part = layers_[static_cast<size_t>(layer)].matrices[Index(which)];
+  ReadPart(part, part.tensor->shape[0], begin, end, out, ld);
+}
+
+void WeightSource::ReadVector(int32_t layer, Vector which, float* out) const {
+  const Part& part = layers_[static_cast<size_t>(layer)].vectors[Index(which)];
+  ReadPart(part, 1, 0, part.size, out, part.size);
+}
+
+void WeightSource::ReadFinalNorm(float* weight, float* bias) const {
+  io::ToFloat32(final_norm_weight_->dtype, final_norm_weight_->data,
+                final_norm_weight_->num_elements(), weight);
+  io::ToFloat32(final_norm_bias_->dtype, final_norm_bias_->data, final_norm_bias_->num_elements(),
+                bias);
+}
+
+void WeightSource::ReadEmbeddingRows(int64_t begin, int64_t end, float* out) const {
+  ReadRows(*embedding_, begin, end, out);
+}
+
+void WeightSource::ReadPositionRows(int64_t begin, int64_t end, float* out) const {
+  ReadRows(*positions_, begin, end, out);
+}
+
+void WeightSource::ReadHeadRows(int64_t begin, int64_t end, float* out) const {
+  ReadRows(head_ != nullptr ? *head_ : *embedding_, begin, end, out);
+}
+
+void WeightSource::ReleaseLayer(int32_t layer) {
+  // q, k and v may share a tensor, which is then released three times: that does no harm.
+  const Layer& parts = layers_[static_cast<size_t>(layer)];
+  for (const Part& part : parts.matrices) source_.Release(*part.tensor);
+  for (const Part& part : parts.vectors) source_.Release(*part.tensor);
+}
+
+void WeightSource::ReleaseEnds() {
+  for (const io::TensorView* tensor :
+       {embedding_, positions_, head_, final_norm_weight_, final_norm_bias_}) {
+    if (tensor != nullptr) source_.Release(*tensor);
+  }
+}
+
+void WeightSource::ReleaseRows(const io::TensorView& table, int64_t begin, int64_t end) {
+  CheckRange(begin, end, table.shape[0]);
+  const uint64_t row_bytes = static_cast<uint64_t>(table.shape[1]) * io::DTypeSize(table.dtype);
+  source_.ReleaseBytes(table, static_cast<uint64_t>(begin) * row_bytes,
+                       static_cast<uint64_t>(end) * row_bytes);
+}
+
+void WeightSource::ReleaseEmbeddingRows(int64_t begin, int64_t end) {
+  ReleaseRows(*embedding_, begin, end);
+}
+
+void WeightSource::ReleaseHeadRows(int64_t begin, int64_t end) {
+  ReleaseRows(head_ != nullptr ? *head_ : *embedding_, begin, end);
+}
+
+}  // namespace fastgen::engine

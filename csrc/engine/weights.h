@@ -1,0 +1,102 @@
+// The weights of one network by their role, read out of named tensors.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "engine/config.h"
+#include "io/tensor.h"
+
+namespace fastgen::engine {
+
+// done and total in bytes of packed weights.
+using Progress = std::function<void(uint64_t done, uint64_t total)>;
+
+// One matrix of the network, y = x W + b, however the checkpoint stores it.
+enum class Matrix { kQuery, kKey, kValue, kAttentionOut, kFeedForwardIn, kFeedForwardOut };
+enum class Vector {
+  kNorm1Weight,
+  kNorm1Bias,
+  kNorm2Weight,
+  kNorm2Bias,
+  kQueryBias,
+  kKeyBias,
+  kValueBias,
+  kAttentionOutBias,
+  kFeedForwardInBias,
+  kFeedForwardOutBias,
+};
+constexpr int kNumMatrices = 6;
+constexpr int kNumVectors = 10;
+
+// The weights of one network by their role, whatever the checkpoint's names and fusions are: those
+// of HuggingFace GPT-2 (with or without `transformer.`) and those of PaddleNLP GPT (with or without
+// `gpt.`, q, k and v apart or fused). The values are the checkpoint's: nothing is scaled here.
+//
+// The constructor checks that every tensor is there, has the shape that the configuration asks for
+// and a type that can be read, and that none is left over; it throws Error(kBadFile) naming the
+// tensor. `where` is the file or directory, for messages. `config` has passed CheckConfig().
+//
+// Reading and releasing are safe from several threads at once. What is released may still be read.
+class WeightSource {
+ public:
+  WeightSource(const ModelConfig& config, io::TensorSource& source, const std::string& where);
+
+  // Columns [begin, end) of the [in, out] matrix as float32: out[row * ld + (column - begin)].
+  void ReadColumns(int32_t layer, Matrix which, int64_t begin, int64_t end, float* out,
+                   int64_t ld) const;
+  // Whole vector as float32.
+  void ReadVector(int32_t layer, Vector which, float* out) const;
+  void ReadFinalNorm(float* weight, float* bias) const;
+  // Rows [begin, end) of the [vocab, hidden] word embedding, of the [positions, hidden] position
+  // table, and of the head (the embedding when tied), as float32, contiguous.
+  void ReadEmbeddingRows(int64_t begin, int64_t end, float* out) const;
+  void ReadPositionRows(int64_t begin, int64_t end, float* out) const;
+  void ReadHeadRows(int64_t begin, int64_t end, float* out) const;
+  // The head is the word embedding, or equal to it byte for byte.
+  bool head_is_tied() const { return head_ == nullptr; }
+
+  // Everything that belongs to a layer / to the ends of the network has been packed.
+  void ReleaseLayer(int32_t layer);
+  void ReleaseEnds();
+  // The same for some rows. The embedding may be the largest tensor by far: whoever releases it
+  // while packing never holds it twice.
+  void ReleaseEmbeddingRows(int64_t begin, int64_t end);
+  void ReleaseHeadRows(int64_t begin, int64_t end);
+
+ private:
+  // Where one role lies in a stored tensor [in, stored columns] (or [stored columns]), which q, k
+  // and v may share. Its columns come in groups of `group_size` that lie `group_stride` apart:
+  //   stored column = offset + column / group_size * group_stride + column % group_size
+  // One group unless a head's q, k and v lie side by side.
+  struct Part {
+    const io::TensorView* tensor = nullptr;
+    int64_t size = 0;  // columns of this role
+    int64_t offset = 0;
+    int64_t group_size = 0;
+    int64_t group_stride = 0;
+  };
+  struct Layer {
+    Part matrices[kNumMatrices];
+    Part vectors[kNumVectors];
+  };
+  class Binder;
+
+  static void ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
+                       int64_t ld);
+  static void ReadRows(const io::TensorView& table, int64_t begin, int64_t end, float* out);
+  void ReleaseRows(const io::TensorView& table, int64_t begin, int64_t end);
+  bool HeadEqualsEmbedding();
+
+  io::TensorSource& source_;
+  std::vector<Layer> layers_;
+  const io::TensorView* embedding_ = nullptr;
+  const io::TensorView* positions_ = nullptr;
+  const io::TensorView* head_ = nullptr;
+  const io::TensorView* final_norm_weight_ = nullptr;
+  const io::TensorView* final_norm_bias_ = nullptr;
+};
+
+}  // namespace fastgen::engine
