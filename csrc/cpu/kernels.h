@@ -1,0 +1,76 @@
+// The kernel table: plain functions on raw pointers, one table per instruction set.
+//
+// Every kernel sums in an order that only the row's own shape fixes, so a row's result is the same
+// bits alone and in any batch, with any number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastgen::cpu {
+
+// Weights lie in panels of kPanel output columns: panel p holds [in, kPanel] floats, row after
+// row, the columns p * kPanel ...; columns past the end are zero. Panels follow one another, so a
+// thread that owns a range of panels reads memory in sequence.
+constexpr int64_t kPanel = 32;
+// Activation rows start at multiples of this many floats and are readable up to it.
+constexpr int64_t kRowAlign = 16;
+// Positions of the KV cache come in blocks of this many.
+constexpr int64_t kBlock = 32;
+
+enum class Epilogue {
+  kStore,     // y = acc + bias
+  kGelu,      // y = gelu_tanh(acc + bias)
+  kResidual,  // y += acc + bias
+};
+
+struct MatmulArgs {
+  const float* x;        // [rows, in], row stride ldx
+  int64_t ldx;
+  int64_t rows;
+  int64_t in;
+  const float* panels;   // [ceil(out / kPanel), in, kPanel]
+  const float* bias;     // [out], or null
+  int64_t out;
+  float* y;              // [rows, out], row stride ldy
+  int64_t ldy;
+  Epilogue epilogue;
+};
+
+// One head of one query row against a cache of blocks.
+//   keys   of a block: [head_size, kBlock] (transposed: a vector of positions per element)
+//   values of a block: [kBlock, value_stride] rows
+struct AttentionArgs {
+  const float* query;             // [head_size], already scaled
+  int64_t head_size;
+  int64_t value_stride;           // head_size rounded up to kRowAlign
+  const float* const* key_blocks; // [ceil(length / kBlock)]
+  const float* const* value_blocks;
+  int64_t length;                 // positions attended: 0 .. length - 1
+  float* scores;                  // scratch, [length rounded up to kBlock]
+  float* out;                     // [head_size]
+};
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();  // processor and operating system can run this table
+
+  // Panels [begin, end) of y = epilogue(x W + b).
+  void (*matmul)(const MatmulArgs& args, int64_t panel_begin, int64_t panel_end);
+  // y = (x - mean) / sqrt(var + eps) * weight + bias over n elements.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                     float* y);
+  void (*attention)(const AttentionArgs& args);
+
+  // probs[i] = exp(x[i] / temperature - max) / sum, float32 as the reference computes it.
+  void (*softmax)(const float* x, int64_t n, float temperature, float* probs);
+  // log(sum(exp(x[i]))).
+  float (*log_sum_exp)(const float* x, int64_t n);
+  // Index of the first largest element; NaN never wins.
+  int64_t (*argmax)(const float* x, int64_t n);
+
+  // Reads n floats; returns something that depends on them (for measuring bandwidth).
+  float (*read_sum)(const float* x, int64_t n);
+};
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,51 @@
+// Threads for regions of a few microseconds: they spin briefly between regions, then sleep.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+namespace fastgen::cpu {
+
+// Processors this process may use.
+int DefaultThreads();
+
+class ThreadPool {
+ public:
+  // `threads` includes the caller of Run. Throws base::Error if they cannot be started.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Held around every use of the pool. A fork waits for it, so a child never inherits a region
+  // half done.
+  std::mutex& mutex() { return mutex_; }
+
+  // Calls body(begin, end, thread) over [0, tasks) in pieces of at most `grain`, until all are
+  // done. Each thread starts on its own share, the same in every call of the same size, so that
+  // it meets the memory it touched before; who is done early takes from the others. The body must
+  // not throw. The caller holds mutex().
+  template <typename Body>
+  void Run(int64_t tasks, int64_t grain, const Body& body) {
+    RunErased(tasks, grain, [](const void* context, int64_t begin, int64_t end, int thread) {
+      (*static_cast<const Body*>(context))(begin, end, thread);
+    }, &body);
+  }
+
+ private:
+  friend struct ForkHandlers;
+  using Erased = void (*)(const void*, int64_t, int64_t, int);
+  struct Shared;
+
+  void RunErased(int64_t tasks, int64_t grain, Erased body, const void* context);
+  void Start();
+
+  const int threads_;
+  std::mutex mutex_;
+  Shared* shared_ = nullptr;  // null in a forked child until its first region
+};
+
+}  // namespace fastgen::cpu

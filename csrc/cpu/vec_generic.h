@@ -1,0 +1,58 @@
+// Four lanes with the compiler's own vectors: what every x86-64 and every other target has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastgen::cpu::generic {
+
+struct Vec {
+  typedef float T __attribute__((vector_size(16), may_alias, aligned(4)));
+  static constexpr int kWidth = 4;
+  // Rows a tile of the whole panel may have, and rows a tile of kPartVecs vectors may have, within
+  // 16 registers.
+  static constexpr int kFullRows = 1;
+  static constexpr int kPartRows = 6;
+  static constexpr int kPartVecs = 2;
+
+  static T Load(const float* p) { return *reinterpret_cast<const T*>(p); }
+  static void Store(float* p, T v) { *reinterpret_cast<T*>(p) = v; }
+  static T Set(float x) { return T{x, x, x, x}; }
+  static T Fma(T a, T b, T c) { return a * b + c; }
+  static T Add(T a, T b) { return a + b; }
+  static T Sub(T a, T b) { return a - b; }
+  static T Mul(T a, T b) { return a * b; }
+  static T Div(T a, T b) { return a / b; }
+  // The larger, the smaller lane; b where either is NaN.
+  static T Max(T a, T b) { return a > b ? a : b; }
+  static T Min(T a, T b) { return a < b ? a : b; }
+  static T LoadPart(const float* p, int n, float fill) {
+    T v = Set(fill);
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+  }
+  static void StorePart(float* p, T v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+  static float ReduceAdd(T v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float ReduceMax(T v) {
+    const float a = v[0] > v[1] ? v[0] : v[1];
+    const float b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+  // 2^n for whole n in [-126, 127].
+  static T PowerOfTwo(T n) {
+    T r;
+    for (int i = 0; i < kWidth; ++i) {
+      const int32_t bits = (static_cast<int32_t>(n[i]) + 127) << 23;
+      float f;
+      std::memcpy(&f, &bits, sizeof f);
+      r[i] = f;
+    }
+    return r;
+  }
+  // value where x >= bound or x is NaN, else 0.
+  static T ZeroBelow(T x, float bound, T value) { return x < Set(bound) ? Set(0.0f) : value; }
+};
+
+}  // namespace fastgen::cpu::generic

@@ -1,0 +1,454 @@
+#include "engine/cpu_device.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "base/error.h"
+
+namespace fastgen::engine {
+
+using cpu::kBlock;
+using cpu::kPanel;
+
+namespace {
+
+// Up to this many rows every thread norms all of them itself, which is cheaper than a region.
+constexpr int64_t kNormByEveryThread = 16;
+constexpr size_t kLogitsRows = 12;   // rows of logits at a time where the caller wants them all
+constexpr int64_t kMostRows = 512;   // rows of a prefill pass: bounds the work space
+
+// A row is padded to whole panels, and by one more cache line: rows whose distance is a multiple
+// of 4096 bytes would share the same few sets of the first-level cache.
+int64_t RowStride(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel + cpu::kRowAlign; }
+
+int ResolveThreads(int32_t asked) {
+  if (asked > 0) return asked;
+  const char* environment = std::getenv("FASTGEN_NUM_THREADS");
+  if (!environment || !*environment) return cpu::DefaultThreads();
+  char* end = nullptr;
+  const long value = std::strtol(environment, &end, 10);
+  if (*end || value < 1 || value > 1024) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT, std::string("FASTGEN_NUM_THREADS=") + environment +
+                                                    " is not a number of threads from 1 to 1024");
+  }
+  return static_cast<int>(value);
+}
+
+}  // namespace
+
+std::unique_ptr<Device> MakeDevice(const ModelConfig& config, WeightSource& weights,
+                                   const DeviceOptions& options) {
+  if (options.device != "cpu") {
+    throw base::Error(FASTGEN_UNSUPPORTED,
+                      "device=" + options.device + " is not in this build, which has: cpu");
+  }
+  if (options.weight_dtype != "float32") {
+    throw base::Error(FASTGEN_UNSUPPORTED, "weight_dtype=" + options.weight_dtype +
+                                               " is not in this build, which has: float32");
+  }
+  return std::make_unique<CpuDevice>(config, weights, options);
+}
+
+CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights,
+                     const DeviceOptions& options)
+    : config_(config),
+      kernels_(cpu::ChooseKernels(options.isa)),
+      pool_(ResolveThreads(options.num_threads)),
+      weights_(config, weights, pool_, options.progress),
+      cache_(config),
+      hidden_stride_(RowStride(config.hidden_size)),
+      qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
+      wide_stride_(RowStride(config.intermediate_size)),
+      logits_stride_(RowStride(config.vocab_size)),
+      scratch_(pool_.threads()) {
+  for (Scratch& scratch : scratch_) {
+    scratch.normed.resize(kNormByEveryThread * hidden_stride_);
+    const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
+    scratch.scores.resize(blocks * kBlock);
+    scratch.key_blocks.resize(blocks);
+    scratch.value_blocks.resize(blocks);
+    scratch.sampler = std::make_unique<Sampler>(kernels_);
+  }
+  info_.device = "cpu";
+  info_.isa = kernels_.name;
+  info_.weight_dtype = "float32";
+  info_.num_threads = pool_.threads();
+  info_.weight_bytes = weights_.bytes();
+  info_.step_bytes = weights_.step_bytes();
+  info_.cache_bytes_per_token = static_cast<uint64_t>(cache_.block_bytes() / kBlock);
+}
+
+// ---- slots ---------------------------------------------------------------------------------
+
+CpuDevice::Slot& CpuDevice::At(int32_t slot) {
+  if (slot < 0 || slot >= static_cast<int32_t>(slots_.size()) || !slots_[slot].open) {
+    throw base::Error(FASTGEN_INTERNAL, "slot " + std::to_string(slot) + " is not open");
+  }
+  return slots_[slot];
+}
+
+int32_t CpuDevice::Open(const SequenceSpec& spec) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  size_t at = 0;
+  while (at < slots_.size() && slots_[at].open) ++at;
+  if (at == slots_.size()) slots_.emplace_back();
+  Slot& slot = slots_[at];
+  slot.tokens.clear();
+  // The last sampled token is never fed back, so it needs no place.
+  const int64_t positions = static_cast<int64_t>(spec.prompt_length) + spec.sampling.max_length - 1;
+  slot.tokens.reserve(positions + 1);
+  slot.tokens.assign(spec.prompt, spec.prompt + spec.prompt_length);
+  cache_.Take((positions + kBlock - 1) / kBlock, &slot.blocks);
+  slot.prompt_length = spec.prompt_length;
+  slot.sampling = spec.sampling;
+  slot.finished = false;
+  slot.open = true;
+  return static_cast<int32_t>(at);
+}
+
+void CpuDevice::Close(int32_t index) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  Slot& slot = At(index);
+  cache_.GiveBack(&slot.blocks);
+  slot.open = false;
+}
+
+void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const Slot& source = At(from);
+  Slot& target = At(to);
+  const int64_t blocks = (static_cast<int64_t>(count) + kBlock - 1) / kBlock;
+  const size_t bytes = static_cast<size_t>(cache_.block_bytes());
+  for (int64_t b = 0; b < blocks; ++b) {
+    std::memcpy(target.blocks[b].data(), source.blocks[b].data(), bytes);
+  }
+}
+
+// ---- the step ------------------------------------------------------------------------------
+
+void CpuDevice::Grow(int64_t rows) {
+  if (rows <= capacity_) return;
+  auto make = [&](int64_t stride) {
+    return cpu::Pages(static_cast<size_t>(rows * stride) * sizeof(float), "the work space of a step");
+  };
+  // All or nothing: a failure leaves the smaller work space in place.
+  cpu::Pages hidden = make(hidden_stride_), qkv = make(qkv_stride_), attended = make(hidden_stride_);
+  cpu::Pages wide = make(wide_stride_), normed = make(hidden_stride_);
+  hidden_ = std::move(hidden);
+  qkv_ = std::move(qkv);
+  attended_ = std::move(attended);
+  wide_ = std::move(wide);
+  normed_ = std::move(normed);
+  capacity_ = rows;
+}
+
+struct CpuDevice::Product {
+  const PackedMatrix& matrix;
+  const float* x;
+  int64_t ldx;
+  float* y;
+  int64_t ldy;
+  cpu::Epilogue epilogue = cpu::Epilogue::kStore;
+  const float* norm_weight = nullptr;  // x is normed first when given; it has hidden_stride_ then
+  const float* norm_bias = nullptr;
+};
+
+// y = epilogue(x W + b); `done(first, last)` runs after the columns [first, last) on their thread.
+template <typename Done>
+void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done) {
+  cpu::MatmulArgs args;
+  args.x = product.x;
+  args.ldx = product.ldx;
+  args.rows = rows;
+  args.in = product.matrix.in;
+  args.panels = product.matrix.panels;
+  args.bias = product.matrix.bias;
+  args.out = product.matrix.out;
+  args.y = product.y;
+  args.ldy = product.ldy;
+  args.epilogue = product.epilogue;
+
+  const auto norm = [&](int64_t row, float* out) {
+    kernels_.layer_norm(product.x + row * product.ldx, product.norm_weight, product.norm_bias,
+                        config_.layer_norm_eps, config_.hidden_size, out + row * hidden_stride_);
+  };
+  const bool norm_here = product.norm_weight && rows <= kNormByEveryThread;
+  if (product.norm_weight && !norm_here) {
+    pool_.Run(rows, 4, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) norm(row, normed_.floats());
+    });
+    args.x = normed_.floats();
+    args.ldx = hidden_stride_;
+  }
+  const uint64_t id = ++products_;
+  pool_.Run(product.matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
+    cpu::MatmulArgs mine = args;
+    if (norm_here) {
+      Scratch& scratch = scratch_[thread];
+      if (scratch.normed_of != id) {
+        for (int64_t row = 0; row < rows; ++row) norm(row, scratch.normed.data());
+        scratch.normed_of = id;
+      }
+      mine.x = scratch.normed.data();
+      mine.ldx = hidden_stride_;
+    }
+    kernels_.matmul(mine, begin, end);
+    done(begin * kPanel, std::min(end * kPanel, product.matrix.out));
+  });
+}
+
+void CpuDevice::Multiply(const Product& product, int64_t rows) {
+  Multiply(product, rows, [](int64_t, int64_t) {});
+}
+
+// Takes columns of the fused product to where attention wants them: queries are scaled in place,
+// keys and values go to the cache.
+void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first,
+                           int64_t last) {
+  const int64_t h = config_.hidden_size;
+  const int64_t d = config_.head_size();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  for (int64_t begin = first; begin < last;) {
+    // A run of columns within one head of one role.
+    const int64_t end = std::min(last, begin / d * d + d);
+    const int64_t role = begin / h;
+    const int32_t head = static_cast<int32_t>(begin % h / d);
+    const int64_t element = begin % d;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      float* from = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + begin;
+      const int64_t count = end - begin;
+      if (role == 0) {
+        for (int64_t i = 0; i < count; ++i) from[i] *= scale;
+        continue;
+      }
+      const int32_t position = rows[r].position;
+      float* block = rows[r].slot->blocks[position / kBlock].floats();
+      const int64_t at = position % kBlock;
+      if (role == 1) {
+        float* keys = block + cache_.KeysAt(layer, head) + element * kBlock + at;
+        for (int64_t i = 0; i < count; ++i) keys[i * kBlock] = from[i];
+      } else {
+        float* values =
+            block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
+        for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+      }
+    }
+    begin = end;
+  }
+}
+
+void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t d = config_.head_size();
+  // Heads outermost: neighbouring tasks read the same keys and values.
+  pool_.Run(count * config_.num_heads, 1, [&](int64_t begin, int64_t end, int thread) {
+    Scratch& scratch = scratch_[thread];
+    for (int64_t task = begin; task < end; ++task) {
+      const auto head = static_cast<int32_t>(task / count);
+      const int64_t r = task % count;
+      const Row& row = rows[r];
+      cpu::AttentionArgs args;
+      args.query = qkv_.floats() + r * qkv_stride_ + head * d;
+      args.head_size = d;
+      args.value_stride = cache_.value_stride();
+      args.length = row.position + 1;
+      for (int64_t b = 0; b * kBlock < args.length; ++b) {
+        const float* block = row.slot->blocks[b].floats();
+        scratch.key_blocks[b] = block + cache_.KeysAt(layer, head);
+        scratch.value_blocks[b] = block + cache_.ValuesAt(layer, head);
+      }
+      args.key_blocks = scratch.key_blocks.data();
+      args.value_blocks = scratch.value_blocks.data();
+      args.scores = scratch.scores.data();
+      args.out = attended_.floats() + r * hidden_stride_ + head * d;
+      kernels_.attention(args);
+    }
+  });
+}
+
+void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
+  const auto count = static_cast<int64_t>(rows.size());
+  const PackedLayer& layer = weights_.layers()[index];
+  float* hidden = hidden_.floats();
+  using cpu::Epilogue;
+  Multiply({layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_, Epilogue::kStore,
+            layer.norm1_weight, layer.norm1_bias},
+           count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });
+  Attend(index, rows);
+  Multiply({layer.attention_out, attended_.floats(), hidden_stride_, hidden, hidden_stride_,
+            Epilogue::kResidual},
+           count);
+  Multiply({layer.feed_forward_in, hidden, hidden_stride_, wide_.floats(), wide_stride_,
+            Epilogue::kGelu, layer.norm2_weight, layer.norm2_bias},
+           count);
+  Multiply({layer.feed_forward_out, wide_.floats(), wide_stride_, hidden, hidden_stride_,
+            Epilogue::kResidual},
+           count);
+}
+
+void CpuDevice::Forward(const std::vector<Row>& rows) {
+  const auto count = static_cast<int64_t>(rows.size());
+  Grow(count);
+  pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
+    }
+  });
+  for (int32_t i = 0; i < config_.num_layers; ++i) RunLayer(i, rows);
+}
+
+void CpuDevice::ComputeLogits(int64_t first_row, int64_t count) {
+  if (count > logits_capacity_) {
+    logits_ = cpu::Pages(static_cast<size_t>(count * logits_stride_) * sizeof(float),
+                         "the logits of a step");
+    logits_capacity_ = count;
+  }
+  Multiply({weights_.head(), hidden_.floats() + first_row * hidden_stride_, hidden_stride_,
+            logits_.floats(), logits_stride_, cpu::Epilogue::kStore, weights_.final_norm_weight(),
+            weights_.final_norm_bias()},
+           count);
+}
+
+void CpuDevice::Prefill(const PrefillChunk* chunks, size_t count) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  std::vector<Row> rows;
+  std::vector<float*> wanted;  // where the logits of a row go, or null
+  for (size_t c = 0; c < count; ++c) {
+    const PrefillChunk& chunk = chunks[c];
+    const Slot& slot = At(chunk.slot);
+    if (chunk.begin < 0 || chunk.count < 0 || chunk.begin + chunk.count > slot.prompt_length) {
+      throw base::Error(FASTGEN_INTERNAL, "a prefill chunk lies outside its prompt");
+    }
+    for (int32_t i = 0; i < chunk.count; ++i) {
+      const int32_t position = chunk.begin + i;
+      rows.push_back({&slot, slot.tokens[position], position});
+      wanted.push_back(chunk.logits ? chunk.logits + static_cast<int64_t>(i) * config_.vocab_size
+                                    : nullptr);
+      if (static_cast<int64_t>(rows.size()) == kMostRows) {
+        PrefillRows(rows, wanted);
+        rows.clear();
+        wanted.clear();
+      }
+    }
+  }
+  if (!rows.empty()) PrefillRows(rows, wanted);
+}
+
+void CpuDevice::PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
+  Forward(rows);
+  for (size_t begin = 0; begin < rows.size();) {
+    size_t end = begin;
+    while (end < rows.size() && wanted[end] && end - begin < kLogitsRows) ++end;
+    if (end == begin) {
+      ++begin;
+      continue;
+    }
+    ComputeLogits(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
+    for (size_t row = begin; row < end; ++row) {
+      std::memcpy(wanted[row],
+                  logits_.floats() + static_cast<int64_t>(row - begin) * logits_stride_,
+                  sizeof(float) * config_.vocab_size);
+    }
+    begin = end;
+  }
+}
+
+int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
+                          DecodeResult* results, float* logits) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  std::vector<Row> rows;
+  std::vector<size_t> results_at;
+  int32_t step = 0;
+  for (; step < max_steps; ++step, results += count) {
+    rows.clear();
+    results_at.clear();
+    for (size_t i = 0; i < count; ++i) {
+      const Slot& slot = At(slots[i]);
+      results[i] = DecodeResult();
+      if (slot.finished) continue;
+      rows.push_back({&slot, slot.tokens.back(), static_cast<int32_t>(slot.tokens.size()) - 1});
+      results_at.push_back(i);
+    }
+    if (rows.empty()) break;
+    Forward(rows);
+    ComputeLogits(0, static_cast<int64_t>(rows.size()));
+    if (logits) {
+      for (size_t r = 0; r < rows.size(); ++r) {
+        std::memcpy(logits + (step * count + results_at[r]) * config_.vocab_size,
+                    logits_.floats() + static_cast<int64_t>(r) * logits_stride_,
+                    sizeof(float) * config_.vocab_size);
+      }
+    }
+    SampleRows(slots, results_at, results);
+  }
+  return step;
+}
+
+void CpuDevice::SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
+                           DecodeResult* results) {
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  pool_.Run(static_cast<int64_t>(results_at.size()), 1, [&](int64_t begin, int64_t end, int thread) {
+    try {
+      for (int64_t r = begin; r < end; ++r) {
+        Slot& slot = slots_[slots[results_at[r]]];
+        DecodeResult& result = results[results_at[r]];
+        float* row = logits_.floats() + r * logits_stride_;
+        const auto length = static_cast<int32_t>(slot.tokens.size());
+        ProcessLogits(slot.sampling, {slot.tokens.data(), slot.prompt_length, length}, row,
+                      config_.vocab_size);
+        const int32_t new_tokens = length - slot.prompt_length;
+        const Choice choice = scratch_[thread].sampler->Choose(
+            slot.sampling, static_cast<uint32_t>(new_tokens), row, config_.vocab_size);
+        slot.tokens.push_back(choice.token);  // within the capacity that Open reserved
+        slot.finished = choice.token == slot.sampling.eos_token_id ||
+                        new_tokens + 1 >= slot.sampling.max_length;
+        result.token = choice.token;
+        result.score = choice.score;
+        result.finished = slot.finished;
+      }
+    } catch (...) {
+      // Scratch could not grow. The row has no new token, so the step can be asked for again.
+      std::lock_guard<std::mutex> lock(failure_mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+double CpuDevice::MeasureReadBandwidth(uint64_t bytes, int32_t passes) {
+  std::lock_guard<std::mutex> lock(pool_.mutex());
+  constexpr int64_t kPiece = int64_t{1} << 18;  // floats
+  const auto pieces = static_cast<int64_t>(bytes / (kPiece * sizeof(float)));
+  if (pieces < 1 || passes < 1) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT,
+                      "bytes=" + std::to_string(bytes) + ", passes=" + std::to_string(passes) +
+                          ": measuring bandwidth takes at least 1048576 bytes and one pass");
+  }
+  const cpu::Pages buffer(static_cast<size_t>(pieces * kPiece) * sizeof(float),
+                          "the buffer for measuring bandwidth");
+  pool_.Run(pieces, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin * kPiece; i < end * kPiece; ++i) buffer.floats()[i] = 1.0f;
+  });
+  double best = 0.0;
+  std::vector<float> sums(pieces);  // keeps the reads from being optimised away
+  for (int32_t pass = 0; pass < passes; ++pass) {
+    const auto since = std::chrono::steady_clock::now();
+    pool_.Run(pieces, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums[i] = kernels_.read_sum(buffer.floats() + i * kPiece, kPiece);
+      }
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - since;
+    best = std::max(best, static_cast<double>(pieces * kPiece) * sizeof(float) / seconds.count());
+  }
+  if (sums[0] <= 0.0f) throw base::Error(FASTGEN_INTERNAL, "the bandwidth buffer reads as zero");
+  return best;
+}
+
+}  // namespace fastgen::engine

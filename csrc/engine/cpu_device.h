@@ -1,0 +1,88 @@
+// The CPU device: a step is a loop over layers of five fused parallel regions.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/thread_pool.h"
+#include "engine/device.h"
+#include "engine/kv_cache.h"
+#include "engine/packed_weights.h"
+#include "engine/sampler.h"
+
+namespace fastgen::engine {
+
+class CpuDevice : public Device {
+ public:
+  CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options);
+
+  const DeviceInfo& info() const override { return info_; }
+  int32_t Open(const SequenceSpec& spec) override;
+  void Close(int32_t slot) override;
+  void Prefill(const PrefillChunk* chunks, size_t count) override;
+  void CopyPrefix(int32_t from, int32_t to, int32_t count) override;
+  int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps, DecodeResult* results,
+                 float* logits) override;
+  double MeasureReadBandwidth(uint64_t bytes, int32_t passes) override;
+
+ private:
+  struct Slot {
+    bool open = false;
+    bool finished = false;
+    SamplingParams sampling;
+    std::vector<int32_t> tokens;  // prompt, then what was sampled
+    int32_t prompt_length = 0;
+    std::vector<cpu::Pages> blocks;
+  };
+  // One token on its way through the network.
+  struct Row {
+    const Slot* slot;
+    int32_t token;
+    int32_t position;
+  };
+
+  Slot& At(int32_t slot);
+  void Grow(int64_t rows);
+  // Runs rows through all layers; hidden_ then holds the residual stream before the final norm.
+  void Forward(const std::vector<Row>& rows);
+  void RunLayer(int32_t index, const std::vector<Row>& rows);
+  struct Product;
+  template <typename Done>
+  void Multiply(const Product& product, int64_t rows, const Done& done);
+  void Multiply(const Product& product, int64_t rows);
+  void WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last);
+  void Attend(int32_t layer, const std::vector<Row>& rows);
+  // logits_[i] = head(final norm(hidden_[first_row + i])).
+  void ComputeLogits(int64_t first_row, int64_t count);
+  void PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  void SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
+                  DecodeResult* results);
+
+  const ModelConfig config_;
+  const cpu::Kernels& kernels_;
+  cpu::ThreadPool pool_;
+  const PackedWeights weights_;
+  BlockPool cache_;
+  DeviceInfo info_;
+  std::vector<Slot> slots_;
+
+  // Row strides of the work space, in floats; see RowStride() for why they are odd in cache lines.
+  const int64_t hidden_stride_, qkv_stride_, wide_stride_, logits_stride_;
+  int64_t capacity_ = 0;  // rows that the work space holds
+  cpu::Pages hidden_, qkv_, attended_, wide_, logits_;
+  int64_t logits_capacity_ = 0;
+
+  struct Scratch {
+    std::vector<float> normed;  // [rows, hidden_stride]
+    uint64_t normed_of = 0;     // the product that `normed` belongs to
+    std::vector<float> scores;
+    std::vector<const float*> key_blocks, value_blocks;
+    std::unique_ptr<Sampler> sampler;
+  };
+  std::vector<Scratch> scratch_;
+  uint64_t products_ = 0;
+  cpu::Pages normed_;  // [rows, hidden_stride] when rows are too many to norm once per thread
+};
+
+}  // namespace fastgen::engine

@@ -1,0 +1,93 @@
+// The seam between engine and device. It is the step, not the op: a device takes the weights once,
+// owns its KV cache and its per-sequence state, and is asked to prefill and to decode-and-sample.
+// A CPU step is a loop over fused regions; a CUDA step may replay a graph or run one persistent
+// kernel, several tokens ahead. The engine cannot tell.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/config.h"
+#include "engine/sampling_params.h"
+#include "engine/weights.h"
+
+namespace fastgen::engine {
+
+// What a device needs to know of a sequence before its first token.
+struct SequenceSpec {
+  const int32_t* prompt = nullptr;  // [prompt_length], read during Open()
+  int32_t prompt_length = 0;
+  SamplingParams sampling;          // limits included: the device stops a sequence by itself
+  bool keep_logits = false;         // report raw logits with every token
+};
+
+// Part of a prompt to be written into the cache: tokens [begin, begin + count) of `slot`.
+struct PrefillChunk {
+  int32_t slot = -1;
+  int32_t begin = 0;
+  int32_t count = 0;
+  float* logits = nullptr;  // [count, vocab], or null when only the cache is wanted
+};
+
+// What a decode step says of one row.
+struct DecodeResult {
+  int32_t token = -1;     // the sampled token, -1 if the sequence had ended before this step
+  float score = 0.0f;     // its log-probability or processed logit, see fastgen_sequence::score
+  bool finished = false;  // it was eos or the last allowed one
+};
+
+struct DeviceInfo {
+  std::string device;        // "cpu"
+  std::string isa;           // kernel set in use
+  std::string weight_dtype;  // "float32"
+  int32_t num_threads = 0;
+  uint64_t weight_bytes = 0;
+  uint64_t step_bytes = 0;
+  uint64_t cache_bytes_per_token = 0;
+};
+
+// Thread-safe: sessions on different threads share one device, a call at a time.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual const DeviceInfo& info() const = 0;
+
+  // Takes cache for prompt + sampling.max_length positions and returns a slot. Throws
+  // Error(kOutOfMemory) with the size that is missing before anything is taken.
+  virtual int32_t Open(const SequenceSpec& spec) = 0;
+  // Gives the slot and its cache back.
+  virtual void Close(int32_t slot) = 0;
+
+  // Writes prompt tokens into the cache. Chunks of a slot come in order and without gaps.
+  virtual void Prefill(const PrefillChunk* chunks, size_t count) = 0;
+  // Makes positions [0, count) of `to` equal to those of `from`, whose prompt begins alike.
+  virtual void CopyPrefix(int32_t from, int32_t to, int32_t count) = 0;
+
+  // Feeds every slot its newest token (the prompt's last one at first: Prefill leaves that one out)
+  // and samples the next, up to `max_steps` times; returns the steps done, at least 1.
+  // results [max_steps, count]; logits [max_steps, count, vocab] or null.
+  virtual int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
+                         DecodeResult* results, float* logits) = 0;
+
+  // Best of `passes` reads of a buffer of `bytes`, in bytes per second.
+  virtual double MeasureReadBandwidth(uint64_t bytes, int32_t passes) = 0;
+};
+
+struct DeviceOptions {
+  std::string device = "cpu";
+  std::string isa;  // empty: environment, then the best
+  std::string weight_dtype = "float32";
+  int32_t num_threads = 0;
+  Progress progress;
+};
+
+// Packs `weights` for the device that `options` name. The source may be dropped afterwards; it is
+// released tensor by tensor while packing, so that memory holds one copy.
+std::unique_ptr<Device> MakeDevice(const ModelConfig& config, WeightSource& weights,
+                                   const DeviceOptions& options);
+
+}  // namespace fastgen::engine

@@ -1,0 +1,170 @@
+#include "engine/packed_weights.h"
+
+#include <functional>
+#include <memory>
+
+#include "cpu/kernels.h"
+
+namespace fastgen::engine {
+
+using cpu::kPanel;
+
+namespace {
+
+int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Called by every packing loop on whatever thread; a source that throws (it checks its shapes
+// before, so it should not) must not take a worker down.
+struct ColumnsOf {
+  Matrix which;
+  int64_t begin;  // first column in the packed matrix
+};
+
+}  // namespace
+
+int64_t PackedMatrix::num_panels() const { return (out + kPanel - 1) / kPanel; }
+
+// Lays everything out twice: once to learn the size, once to hand out addresses.
+struct PackedWeights::Carver {
+  float* base = nullptr;
+  int64_t used = 0;
+
+  float* Take(int64_t floats) {
+    float* at = base ? base + used : nullptr;
+    used += RoundUp(floats, 16);  // cache lines
+    return at;
+  }
+  PackedMatrix TakeMatrix(int64_t in, int64_t out, bool bias) {
+    PackedMatrix m;
+    m.in = in;
+    m.out = out;
+    m.panels = Take(m.num_panels() * in * kPanel);
+    if (bias) m.bias = Take(m.num_panels() * kPanel);
+    return m;
+  }
+};
+
+PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source,
+                             cpu::ThreadPool& pool, const Progress& progress)
+    : hidden_(config.hidden_size) {
+  const int64_t h = config.hidden_size;
+  const int64_t wide = config.intermediate_size;
+  layers_.resize(config.num_layers);
+  Carver carver;
+  auto carve = [&] {
+    carver.used = 0;
+    positions_ = carver.Take(config.max_positions * h);
+    embedding_ = source.head_is_tied() ? PackedMatrix()
+                                       : carver.TakeMatrix(h, config.vocab_size, false);
+    const int64_t step_begin = carver.used;
+    for (PackedLayer& layer : layers_) {
+      layer.norm1_weight = carver.Take(h);
+      layer.norm1_bias = carver.Take(h);
+      layer.qkv = carver.TakeMatrix(h, 3 * h, true);
+      layer.attention_out = carver.TakeMatrix(h, h, true);
+      layer.norm2_weight = carver.Take(h);
+      layer.norm2_bias = carver.Take(h);
+      layer.feed_forward_in = carver.TakeMatrix(h, wide, true);
+      layer.feed_forward_out = carver.TakeMatrix(wide, h, true);
+    }
+    final_norm_weight_ = carver.Take(h);
+    final_norm_bias_ = carver.Take(h);
+    head_ = carver.TakeMatrix(h, config.vocab_size, false);
+    step_bytes_ = static_cast<uint64_t>(carver.used - step_begin) * sizeof(float);
+  };
+  carve();
+  const uint64_t total = static_cast<uint64_t>(carver.used) * sizeof(float);
+  pages_ = cpu::Pages(total, "the model's weights");
+  carver.base = pages_.floats();
+  carve();
+  if (source.head_is_tied()) embedding_ = head_;
+
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  uint64_t done = 0;
+  auto report = [&](uint64_t bytes) {
+    done += bytes;
+    if (progress) progress(done, total);
+  };
+  auto writable = [](const float* p) { return const_cast<float*>(p); };
+
+  // The ends first: their source is the largest single tensor, and it is gone before the packed
+  // layers have grown.
+  source.ReadPositionRows(0, config.max_positions, writable(positions_));
+  source.ReadFinalNorm(final_norm_weight_, final_norm_bias_);
+  PackRows(head_, source, pool, false);
+  if (!source.head_is_tied()) PackRows(embedding_, source, pool, true);
+  source.ReleaseEnds();
+  report(total - step_bytes_ + head_.num_panels() * h * kPanel * sizeof(float));
+
+  for (int32_t i = 0; i < config.num_layers; ++i) {
+    const PackedLayer& layer = layers_[i];
+    const float* layer_begin = layer.norm1_weight;
+    source.ReadVector(i, Vector::kNorm1Weight, writable(layer.norm1_weight));
+    source.ReadVector(i, Vector::kNorm1Bias, writable(layer.norm1_bias));
+    source.ReadVector(i, Vector::kNorm2Weight, writable(layer.norm2_weight));
+    source.ReadVector(i, Vector::kNorm2Bias, writable(layer.norm2_bias));
+    source.ReadVector(i, Vector::kQueryBias, writable(layer.qkv.bias));
+    source.ReadVector(i, Vector::kKeyBias, writable(layer.qkv.bias) + h);
+    source.ReadVector(i, Vector::kValueBias, writable(layer.qkv.bias) + 2 * h);
+    source.ReadVector(i, Vector::kAttentionOutBias, writable(layer.attention_out.bias));
+    source.ReadVector(i, Vector::kFeedForwardInBias, writable(layer.feed_forward_in.bias));
+    source.ReadVector(i, Vector::kFeedForwardOutBias, writable(layer.feed_forward_out.bias));
+    auto pack = [&](const PackedMatrix& matrix, const std::vector<ColumnsOf>& parts) {
+      pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          float* out = writable(matrix.panels) + panel * matrix.in * kPanel;
+          const int64_t first = panel * kPanel;
+          const int64_t last = std::min(first + kPanel, matrix.out);
+          for (size_t p = 0; p < parts.size(); ++p) {
+            const int64_t part_end = p + 1 < parts.size() ? parts[p + 1].begin : matrix.out;
+            const int64_t from = std::max(first, parts[p].begin);
+            const int64_t to = std::min(last, part_end);
+            if (from >= to) continue;
+            source.ReadColumns(i, parts[p].which, from - parts[p].begin, to - parts[p].begin,
+                               out + (from - first), kPanel);
+          }
+        }
+      });
+    };
+    pack(layer.qkv, {{Matrix::kQuery, 0}, {Matrix::kKey, h}, {Matrix::kValue, 2 * h}});
+    pack(layer.attention_out, {{Matrix::kAttentionOut, 0}});
+    pack(layer.feed_forward_in, {{Matrix::kFeedForwardIn, 0}});
+    pack(layer.feed_forward_out, {{Matrix::kFeedForwardOut, 0}});
+    source.ReleaseLayer(i);
+    const float* layer_end = i + 1 < config.num_layers ? layers_[i + 1].norm1_weight
+                                                       : final_norm_weight_;
+    report(static_cast<uint64_t>(layer_end - layer_begin) * sizeof(float));
+  }
+  if (progress && done < total) progress(total, total);
+}
+
+void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
+                             cpu::ThreadPool& pool, bool embedding) {
+  // Row r of the table is column r of the packed matrix.
+  std::vector<std::vector<float>> scratch(pool.threads());
+  for (auto& rows : scratch) rows.resize(matrix.in * kPanel);
+  pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
+    float* rows = scratch[thread].data();
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanel;
+      const int64_t last = std::min(first + kPanel, matrix.out);
+      if (embedding) {
+        source.ReadEmbeddingRows(first, last, rows);
+      } else {
+        source.ReadHeadRows(first, last, rows);
+      }
+      float* out = const_cast<float*>(matrix.panels) + panel * matrix.in * kPanel;
+      for (int64_t k = 0; k < matrix.in; ++k) {
+        for (int64_t c = 0; c < last - first; ++c) out[k * kPanel + c] = rows[c * matrix.in + k];
+      }
+    }
+  });
+}
+
+void PackedWeights::Embed(int32_t token, int32_t position, float* out) const {
+  const float* column = embedding_.panels + (token / kPanel) * hidden_ * kPanel + token % kPanel;
+  const float* row = positions_ + static_cast<int64_t>(position) * hidden_;
+  for (int64_t i = 0; i < hidden_; ++i) out[i] = column[i * kPanel] + row[i];
+}
+
+}  // namespace fastgen::engine
