@@ -42,7 +42,7 @@ typedef enum fastgen_status {
   FASTGEN_INVALID_ARGUMENT = 1, /**< an option or an input is outside what is allowed */
   FASTGEN_NOT_FOUND = 2,        /**< a file or directory does not exist or cannot be read */
   FASTGEN_BAD_FILE = 3,         /**< a file is truncated, foreign or contradicts itself */
-  FASTGEN_OUT_OF_MEMORY = 4,    /**< memory could not be had; the message says how much */
+  FASTGEN_OUT_OF_MEMORY = 4,    /**< memory could not be had; the message says for what */
   FASTGEN_UNSUPPORTED = 5,      /**< this machine or this build cannot do that */
   FASTGEN_INTERNAL = 6          /**< a defect of the library */
 } fastgen_status;

@@ -1,0 +1,103 @@
+"""`fastgen info`: what is installed, what this machine can do, and where things are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+
+from fastgen import _capi, models
+from fastgen.errors import FastgenError
+from fastgen.generator import Generator
+from fastgen.infer import versions
+
+_VARIABLES = ("FASTGEN_CACHE", "FASTGEN_ISA", "FASTGEN_LIBRARY", "FASTGEN_NUM_THREADS")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `fastgen info` shows. Paddle is not imported, which would take seconds."""
+    import fastgen
+
+    memory = psutil.virtual_memory()
+    op_cache = models.cache_directory() / "op"
+    document: dict[str, Any] = {
+        "fastgen": fastgen.__version__,
+        "versions": {name: v for name, v in versions().items() if name != "fastgen"},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "library": {"path": str(_capi.library_path()), "version": _capi.library_version()},
+        "isas": [{"name": name, "supported": supported} for name, supported in _capi.isas()],
+        "processors": len(os.sched_getaffinity(0)),
+        "memory": {"total": memory.total, "available": memory.available},
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "model_cache": str(models.cache_directory() / "models"),
+        "op_cache": str(op_cache),
+        "op_libraries": sorted(map(str, op_cache.rglob("libdecoding_op.so"))),
+    }
+    try:
+        document.update(_chosen())
+    except FastgenError as error:  # an environment variable asks for what cannot be had
+        document.update(isa=None, threads=None, error=str(error))
+    return document
+
+
+def _chosen() -> dict[str, Any]:
+    """Kernel set and threads that a model gets here: those of the smallest model there is."""
+    width = 8
+    config = {"vocab_size": 8, "n_positions": 1, "n_embd": width, "n_layer": 1, "n_head": 1}
+    shapes = {
+        "wte.weight": (8, width),
+        "wpe.weight": (1, width),
+        "ln_f": (width,),
+        "h.0.ln_1": (width,),
+        "h.0.ln_2": (width,),
+        "h.0.attn.c_attn": (width, 3 * width),
+        "h.0.attn.c_proj": (width, width),
+        "h.0.mlp.c_fc": (width, 4 * width),
+        "h.0.mlp.c_proj": (4 * width, width),
+    }
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        if name.endswith(".weight"):
+            tensors[name] = np.zeros(shape, dtype=np.float32)
+        else:
+            tensors[f"{name}.weight"] = np.zeros(shape, dtype=np.float32)
+            tensors[f"{name}.bias"] = np.zeros(shape[-1], dtype=np.float32)
+    with Generator.from_tensors(config, tensors) as generator:
+        return {"isa": generator.info.isa, "threads": generator.info.num_threads}
+
+
+@click.command("info")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def command(as_json: bool) -> int:
+    """Show versions, kernel sets, memory and where op libraries are kept."""
+    document = collect()
+    if as_json:
+        click.echo(json.dumps(document))
+        return 0
+    library, memory = document["library"], document["memory"]
+    isas = ", ".join(
+        isa["name"] + ("" if isa["supported"] else " (not on this machine)")
+        for isa in document["isas"]
+    )
+    lines = [
+        ("fastgen", document["fastgen"]),
+        ("library", f"{library['path']} (version {library['version']})"),
+        ("kernel sets", isas),
+        ("chosen", document["isa"] or document["error"]),
+        ("threads", f"{document['threads']} of {document['processors']} processors"),
+        ("memory", f"{memory['available'] / 1e9:.1f} GB free of {memory['total'] / 1e9:.1f} GB"),
+        ("python", f"{document['python']} on {document['platform']}"),
+        *((name, version or "not installed") for name, version in document["versions"].items()),
+        *document["environment"].items(),
+        ("model cache", document["model_cache"]),
+        ("op cache", f"{document['op_cache']} ({len(document['op_libraries'])} built)"),
+    ]
+    for name, value in lines:
+        click.echo(f"{name + ':':<20} {value}")
+    return 0

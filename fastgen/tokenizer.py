@@ -1,0 +1,173 @@
+"""Text to token ids and back, through the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import InvalidArgumentError, ModelFileError
+
+__all__ = ["TOKENIZER_FILES", "TextStream", "Tokenizer"]
+
+#: Every file a tokenizer may be made of; what `fastgen convert` copies.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.model",
+)
+
+_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+
+
+class Tokenizer:
+    """A tokenizer of a model directory.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        source: the file it came from, for messages.
+    """
+
+    def __init__(self, backend: Any, source: Path) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.source = source
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer | None:
+        """The tokenizer of a model directory; None if it has no files that we can read.
+
+        `tokenizer.json` is taken first, else `vocab.json` with `merges.txt` (byte-level BPE).
+
+        Raises:
+            ModelFileError: the files are there but are not what they should be.
+        """
+        import tokenizers
+
+        path = directory / "tokenizer.json"
+        try:
+            if path.is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(path)), path)
+            path = directory / "vocab.json"
+            merges = directory / "merges.txt"
+            if path.is_file() and merges.is_file():
+                return cls(_byte_level_bpe(path, merges, _special_tokens(directory)), path)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelFileError(f"{path} is not a tokenizer: {error}") from error
+        return None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with nothing put before or after it.
+
+        Special tokens written out in the text (`<|endoftext|>`) become their one id.
+        """
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`. Bytes that are not UTF-8 become U+FFFD; ids that the tokenizer does
+        not have (a padded vocabulary) are left out."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token, as it stands in the vocabulary; None if it does not."""
+        token_id = self._backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
+
+    def stream(self) -> TextStream:
+        """A decoder that is fed token by token."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Turns tokens into pieces of text as they come, never half a character.
+
+    The pieces joined are `Tokenizer.decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._begin = 0  # the window that is decoded: some context that is already out, then news
+        self._end_of_context = 0
+        self._given = 0  # characters of the window that are already out
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Adds tokens; returns the text that is now certain, often ''."""
+        self._ids.extend(token_ids)
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        # An unfinished character shows as one U+FFFD at the end; what is before it is settled.
+        settled = text[:-1] if text.endswith(_REPLACEMENT) else text
+        piece = settled[self._given :]
+        self._given = max(self._given, len(settled))
+        if settled is text and text:
+            # Decoders may treat the start of a text differently, so the window keeps some context.
+            self._begin, self._end_of_context = self._end_of_context, len(self._ids)
+            self._given = len(self._tokenizer.decode(self._ids[self._begin :]))
+        return piece
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence: an unfinished character as U+FFFD."""
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        piece = text[self._given :]
+        self._given = len(text)
+        return piece
+
+
+def missing_tokenizer_message(directory: Path) -> str:
+    """Why text cannot be used with this directory, and what can be."""
+    if (directory / "sentencepiece.model").is_file():
+        return (
+            f"{directory} has a sentencepiece.model, which fastgen does not read: encode the text "
+            "with the model's own tokenizer and give the token ids as the prompt"
+        )
+    return (
+        f"{directory} has no tokenizer (tokenizer.json, or vocab.json with merges.txt): give token "
+        "ids as the prompt, or put the tokenizer's files there"
+    )
+
+
+def require(tokenizer: Tokenizer | None, directory: Path) -> Tokenizer:
+    """The tokenizer, or the error that says why there is none."""
+    if tokenizer is None:
+        raise InvalidArgumentError(missing_tokenizer_message(directory))
+    return tokenizer
+
+
+def _special_tokens(directory: Path) -> list[str]:
+    """Special tokens that a vocab.json does not mark as such."""
+    tokens = {"<|endoftext|>"}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = values.get(key)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str) and value:
+                tokens.add(value)
+    return sorted(tokens)
+
+
+def _byte_level_bpe(vocab: Path, merges: Path, special_tokens: list[str]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    # Only those of the vocabulary: adding others would make up ids that the model does not have.
+    known = [token for token in special_tokens if backend.token_to_id(token) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in known])
+    return backend
