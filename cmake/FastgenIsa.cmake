@@ -1,0 +1,46 @@
+# One file of kernels per instruction set, each compiled with its own flags and only if the compiler
+# has them. csrc/cpu/dispatch.cc sees FASTGEN_HAVE_<ISA> for each set that is in the library.
+include(CheckCXXSourceCompiles)
+
+set(FASTGEN_FLAGS_generic "")
+set(FASTGEN_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(FASTGEN_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl)
+
+# An intrinsic that needs the whole set: a compiler that knows the flags but not the instructions
+# (or one for another processor) is found out here.
+set(FASTGEN_PROBE_avx2 [[
+#include <immintrin.h>
+int main() {
+  __m256 x = _mm256_fmadd_ps(_mm256_set1_ps(1.f), _mm256_set1_ps(2.f), _mm256_cvtph_ps(_mm_setzero_si128()));
+  __m256i i = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(1));
+  return _mm256_extract_epi32(i, 0) == 7;
+}]])
+set(FASTGEN_PROBE_avx512 [[
+#include <immintrin.h>
+int main() {
+  __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(1.f), _mm512_set1_ps(2.f), _mm512_setzero_ps());
+  x = _mm512_and_ps(x, x);
+  __m512i b = _mm512_adds_epi8(_mm512_castps_si512(x), _mm512_set1_epi8(1));
+  __m256 y = _mm256_maskz_mov_ps(__mmask8(3), _mm512_castps512_ps256(_mm512_castsi512_ps(b)));
+  return _mm256_cvtss_f32(y) == 7.f;
+}]])
+
+function(fastgen_add_isa target isa)
+  set(source "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/kernels_${isa}.cc")
+  string(TOUPPER "${isa}" isa_upper)
+  if(NOT EXISTS "${source}")
+    message(FATAL_ERROR "${source} is missing")
+  endif()
+  if(DEFINED FASTGEN_PROBE_${isa})
+    string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${FASTGEN_FLAGS_${isa}}")
+    check_cxx_source_compiles("${FASTGEN_PROBE_${isa}}" FASTGEN_COMPILER_HAS_${isa_upper})
+    if(NOT FASTGEN_COMPILER_HAS_${isa_upper})
+      message(STATUS "Kernels ${isa}: left out, the compiler or the target does not have them")
+      return()
+    endif()
+  endif()
+  target_sources(${target} PRIVATE "${source}")
+  set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${FASTGEN_FLAGS_${isa}}")
+  set_property(SOURCE "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/dispatch.cc" APPEND
+               PROPERTY COMPILE_DEFINITIONS "FASTGEN_HAVE_${isa_upper}=1")
+endfunction()
