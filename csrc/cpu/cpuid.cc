@@ -31,8 +31,8 @@ uint64_t SavedState() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-constexpr uint64_t kYmmState = 0x6;    // SSE, AVX
-constexpr uint64_t kZmmState = 0xe6;   // and opmask, the upper halves, registers 16 to 31
+constexpr uint64_t kYmmState = 0x6;   // SSE, AVX
+constexpr uint64_t kZmmState = 0xe6;  // and opmask, the upper halves, registers 16 to 31
 
 }  // namespace
 

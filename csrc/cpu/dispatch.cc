@@ -53,7 +53,8 @@ const Kernels& ChooseKernels(const std::string& isa) {
   }
   if (!wanted.empty()) {
     throw base::Error(FASTGEN_INVALID_ARGUMENT,
-                      option + "=" + wanted + " is not an instruction set of this build; this machine runs " + names);
+                      option + "=" + wanted +
+                          " is not an instruction set of this build; this machine runs " + names);
   }
   return *best;
 }

@@ -25,14 +25,14 @@ enum class Epilogue {
 };
 
 struct MatmulArgs {
-  const float* x;        // [rows, in], row stride ldx
+  const float* x;  // [rows, in], row stride ldx
   int64_t ldx;
   int64_t rows;
   int64_t in;
-  const float* panels;   // [ceil(out / kPanel), in, kPanel]
-  const float* bias;     // [out], or null
+  const float* panels;  // [ceil(out / kPanel), in, kPanel]
+  const float* bias;    // [out], or null
   int64_t out;
-  float* y;              // [rows, out], row stride ldy
+  float* y;  // [rows, out], row stride ldy
   int64_t ldy;
   Epilogue epilogue;
 };
@@ -41,14 +41,14 @@ struct MatmulArgs {
 //   keys   of a block: [head_size, kBlock] (transposed: a vector of positions per element)
 //   values of a block: [kBlock, value_stride] rows
 struct AttentionArgs {
-  const float* query;             // [head_size], already scaled
+  const float* query;  // [head_size], already scaled
   int64_t head_size;
-  int64_t value_stride;           // head_size rounded up to kRowAlign
-  const float* const* key_blocks; // [ceil(length / kBlock)]
+  int64_t value_stride;            // head_size rounded up to kRowAlign
+  const float* const* key_blocks;  // [ceil(length / kBlock)]
   const float* const* value_blocks;
-  int64_t length;                 // positions attended: 0 .. length - 1
-  float* scores;                  // scratch, [length rounded up to kBlock]
-  float* out;                     // [head_size]
+  int64_t length;  // positions attended: 0 .. length - 1
+  float* scores;   // scratch, [length rounded up to kBlock]
+  float* out;      // [head_size]
 };
 
 struct Kernels {

@@ -105,10 +105,11 @@ struct Tiles {
 };
 
 template <Epilogue E>
-using FullTiles = std::conditional_t<
-    (Vec::kFullRows >= 12), Tiles<kPanelVecs, E, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>,
-    std::conditional_t<(Vec::kFullRows >= 3), Tiles<kPanelVecs, E, 1, 2, 3>,
-                       Tiles<kPanelVecs, E, 1>>>;
+using FullTiles =
+    std::conditional_t<(Vec::kFullRows >= 12),
+                       Tiles<kPanelVecs, E, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>,
+                       std::conditional_t<(Vec::kFullRows >= 3), Tiles<kPanelVecs, E, 1, 2, 3>,
+                                          Tiles<kPanelVecs, E, 1>>>;
 template <Epilogue E>
 using PartTiles = Tiles<Vec::kPartVecs, E, 1, 2, 3, 4, 5, 6>;
 
@@ -169,8 +170,10 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
   }
   if (rest) {
     const T d = Vec::Mul(Vec::Sub(Vec::LoadPart(x + whole, rest, 0.0f), m), scale);
-    Vec::StorePart(y + whole, Vec::Fma(d, Vec::LoadPart(weight + whole, rest, 0.0f),
-                                       Vec::LoadPart(bias + whole, rest, 0.0f)), rest);
+    Vec::StorePart(y + whole,
+                   Vec::Fma(d, Vec::LoadPart(weight + whole, rest, 0.0f),
+                            Vec::LoadPart(bias + whole, rest, 0.0f)),
+                   rest);
   }
 }
 
@@ -262,7 +265,8 @@ void Attention(const AttentionArgs& args) {
 
   constexpr int kTogetherValues = 4;
   int64_t column = 0;
-  for (; column + kTogetherValues * kWidth <= args.value_stride; column += kTogetherValues * kWidth) {
+  for (; column + kTogetherValues * kWidth <= args.value_stride;
+       column += kTogetherValues * kWidth) {
     WeighValues<kTogetherValues>(args, column, sum);
   }
   for (; column < args.value_stride; column += kWidth) WeighValues<1>(args, column, sum);
@@ -278,8 +282,8 @@ float Largest(const float* x, int64_t n) {
   T largest = Vec::Set(kNegativeInfinity);
   for (int64_t i = 0; i < whole; i += kWidth) largest = Vec::Max(Vec::Load(x + i), largest);
   if (whole < n) {
-    largest = Vec::Max(Vec::LoadPart(x + whole, static_cast<int>(n - whole), kNegativeInfinity),
-                       largest);
+    largest =
+        Vec::Max(Vec::LoadPart(x + whole, static_cast<int>(n - whole), kNegativeInfinity), largest);
   }
   return Vec::ReduceMax(largest);
 }
@@ -300,7 +304,8 @@ double SumExp(const float* x, int64_t n, float temperature, float shift, float* 
     }
     if (i < end) {
       const int rest = static_cast<int>(end - i);
-      const T e = Exp(Vec::Sub(Vec::Div(Vec::LoadPart(x + i, rest, kNegativeInfinity), divisor), s));
+      const T e =
+          Exp(Vec::Sub(Vec::Div(Vec::LoadPart(x + i, rest, kNegativeInfinity), divisor), s));
       if (out) Vec::StorePart(out + i, e, rest);
       partial = Vec::Add(partial, e);
     }

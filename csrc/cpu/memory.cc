@@ -21,8 +21,8 @@ Pages::Pages(size_t bytes, const std::string& what) {
                             : mmap(nullptr, size, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) {
-    throw base::Error(FASTGEN_OUT_OF_MEMORY,
-                      what + " needs " + std::to_string(bytes) + " bytes that the operating system does not give");
+    throw base::Error(FASTGEN_OUT_OF_MEMORY, what + " needs " + std::to_string(bytes) +
+                                                 " bytes that the operating system does not give");
   }
   if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);
   data_ = static_cast<char*>(data);

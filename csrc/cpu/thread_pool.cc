@@ -110,7 +110,9 @@ struct ThreadPool::Shared {
   void Announce() {
     region.fetch_add(1);
     if (sleeping.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_mutex);
+      }
       wake.notify_all();
     }
   }
@@ -184,12 +186,15 @@ void ThreadPool::Start() {
   for (int thread = 1; thread < threads_ && !error; ++thread) {
     auto* worker = new Worker{shared.get(), thread};
     pthread_t id;
-    error = pthread_create(&id, nullptr, [](void* argument) -> void* {
-      const Worker self = *static_cast<Worker*>(argument);
-      delete static_cast<Worker*>(argument);
-      static_cast<Shared*>(self.shared)->WorkerLoop(self.thread);
-      return nullptr;
-    }, worker);
+    error = pthread_create(
+        &id, nullptr,
+        [](void* argument) -> void* {
+          const Worker self = *static_cast<Worker*>(argument);
+          delete static_cast<Worker*>(argument);
+          static_cast<Shared*>(self.shared)->WorkerLoop(self.thread);
+          return nullptr;
+        },
+        worker);
     if (error) {
       delete worker;
     } else {
@@ -201,9 +206,9 @@ void ThreadPool::Start() {
     shared->stop.store(true);
     shared->Announce();
     for (pthread_t worker : shared->workers) pthread_join(worker, nullptr);
-    throw base::Error(FASTGEN_UNSUPPORTED,
-                      "num_threads=" + std::to_string(threads_) + ": only " +
-                          std::to_string(started) + " threads could be started");
+    throw base::Error(FASTGEN_UNSUPPORTED, "num_threads=" + std::to_string(threads_) + ": only " +
+                                               std::to_string(started) +
+                                               " threads could be started");
   }
   shared_ = shared.release();
 }

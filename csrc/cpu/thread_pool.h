@@ -30,9 +30,12 @@ class ThreadPool {
   // not throw. The caller holds mutex().
   template <typename Body>
   void Run(int64_t tasks, int64_t grain, const Body& body) {
-    RunErased(tasks, grain, [](const void* context, int64_t begin, int64_t end, int thread) {
-      (*static_cast<const Body*>(context))(begin, end, thread);
-    }, &body);
+    RunErased(
+        tasks, grain,
+        [](const void* context, int64_t begin, int64_t end, int thread) {
+          (*static_cast<const Body*>(context))(begin, end, thread);
+        },
+        &body);
   }
 
  private:

@@ -19,8 +19,8 @@ namespace {
 
 // Up to this many rows every thread norms all of them itself, which is cheaper than a region.
 constexpr int64_t kNormByEveryThread = 16;
-constexpr size_t kLogitsRows = 12;   // rows of logits at a time where the caller wants them all
-constexpr int64_t kMostRows = 512;   // rows of a prefill pass: bounds the work space
+constexpr size_t kLogitsRows = 12;  // rows of logits at a time where the caller wants them all
+constexpr int64_t kMostRows = 512;  // rows of a prefill pass: bounds the work space
 
 // A row is padded to whole panels, and by one more cache line: rows whose distance is a multiple
 // of 4096 bytes would share the same few sets of the first-level cache.
@@ -54,8 +54,7 @@ std::unique_ptr<Device> MakeDevice(const ModelConfig& config, WeightSource& weig
   return std::make_unique<CpuDevice>(config, weights, options);
 }
 
-CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights,
-                     const DeviceOptions& options)
+CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
       pool_(ResolveThreads(options.num_threads)),
@@ -134,10 +133,12 @@ void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
 void CpuDevice::Grow(int64_t rows) {
   if (rows <= capacity_) return;
   auto make = [&](int64_t stride) {
-    return cpu::Pages(static_cast<size_t>(rows * stride) * sizeof(float), "the work space of a step");
+    return cpu::Pages(static_cast<size_t>(rows * stride) * sizeof(float),
+                      "the work space of a step");
   };
   // All or nothing: a failure leaves the smaller work space in place.
-  cpu::Pages hidden = make(hidden_stride_), qkv = make(qkv_stride_), attended = make(hidden_stride_);
+  cpu::Pages hidden = make(hidden_stride_), qkv = make(qkv_stride_),
+             attended = make(hidden_stride_);
   cpu::Pages wide = make(wide_stride_), normed = make(hidden_stride_);
   hidden_ = std::move(hidden);
   qkv_ = std::move(qkv);
@@ -233,8 +234,7 @@ void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t 
         float* keys = block + cache_.KeysAt(layer, head) + element * kBlock + at;
         for (int64_t i = 0; i < count; ++i) keys[i * kBlock] = from[i];
       } else {
-        float* values =
-            block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
+        float* values = block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
         for (int64_t i = 0; i < count; ++i) values[i] = from[i];
       }
     }
@@ -393,31 +393,32 @@ void CpuDevice::SampleRows(const int32_t* slots, const std::vector<size_t>& resu
                            DecodeResult* results) {
   std::exception_ptr failure;
   std::mutex failure_mutex;
-  pool_.Run(static_cast<int64_t>(results_at.size()), 1, [&](int64_t begin, int64_t end, int thread) {
-    try {
-      for (int64_t r = begin; r < end; ++r) {
-        Slot& slot = slots_[slots[results_at[r]]];
-        DecodeResult& result = results[results_at[r]];
-        float* row = logits_.floats() + r * logits_stride_;
-        const auto length = static_cast<int32_t>(slot.tokens.size());
-        ProcessLogits(slot.sampling, {slot.tokens.data(), slot.prompt_length, length}, row,
-                      config_.vocab_size);
-        const int32_t new_tokens = length - slot.prompt_length;
-        const Choice choice = scratch_[thread].sampler->Choose(
-            slot.sampling, static_cast<uint32_t>(new_tokens), row, config_.vocab_size);
-        slot.tokens.push_back(choice.token);  // within the capacity that Open reserved
-        slot.finished = choice.token == slot.sampling.eos_token_id ||
-                        new_tokens + 1 >= slot.sampling.max_length;
-        result.token = choice.token;
-        result.score = choice.score;
-        result.finished = slot.finished;
-      }
-    } catch (...) {
-      // Scratch could not grow. The row has no new token, so the step can be asked for again.
-      std::lock_guard<std::mutex> lock(failure_mutex);
-      failure = std::current_exception();
-    }
-  });
+  pool_.Run(static_cast<int64_t>(results_at.size()), 1,
+            [&](int64_t begin, int64_t end, int thread) {
+              try {
+                for (int64_t r = begin; r < end; ++r) {
+                  Slot& slot = slots_[slots[results_at[r]]];
+                  DecodeResult& result = results[results_at[r]];
+                  float* row = logits_.floats() + r * logits_stride_;
+                  const auto length = static_cast<int32_t>(slot.tokens.size());
+                  ProcessLogits(slot.sampling, {slot.tokens.data(), slot.prompt_length, length},
+                                row, config_.vocab_size);
+                  const int32_t new_tokens = length - slot.prompt_length;
+                  const Choice choice = scratch_[thread].sampler->Choose(
+                      slot.sampling, static_cast<uint32_t>(new_tokens), row, config_.vocab_size);
+                  slot.tokens.push_back(choice.token);  // within the capacity that Open reserved
+                  slot.finished = choice.token == slot.sampling.eos_token_id ||
+                                  new_tokens + 1 >= slot.sampling.max_length;
+                  result.token = choice.token;
+                  result.score = choice.score;
+                  result.finished = slot.finished;
+                }
+              } catch (...) {
+                // Scratch could not grow. The row has no new token, so the step can be asked for again.
+                std::lock_guard<std::mutex> lock(failure_mutex);
+                failure = std::current_exception();
+              }
+            });
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -20,8 +20,8 @@ namespace fastgen::engine {
 struct SequenceSpec {
   const int32_t* prompt = nullptr;  // [prompt_length], read during Open()
   int32_t prompt_length = 0;
-  SamplingParams sampling;          // limits included: the device stops a sequence by itself
-  bool keep_logits = false;         // report raw logits with every token
+  SamplingParams sampling;   // limits included: the device stops a sequence by itself
+  bool keep_logits = false;  // report raw logits with every token
 };
 
 // Part of a prompt to be written into the cache: tokens [begin, begin + count) of `slot`.

@@ -36,8 +36,9 @@ void BlockPool::Take(int64_t count, std::vector<cpu::Pages>* blocks) {
     const auto had = static_cast<int64_t>(taken.size());
     GiveBack(&taken);
     throw base::Error(FASTGEN_OUT_OF_MEMORY,
-                      "the KV cache of this sequence needs " + std::to_string(count * block_bytes()) +
-                          " bytes, of which " + std::to_string((count - had) * block_bytes()) +
+                      "the KV cache of this sequence needs " +
+                          std::to_string(count * block_bytes()) + " bytes, of which " +
+                          std::to_string((count - had) * block_bytes()) +
                           " are missing; ask for a smaller max_length or fewer sequences at once");
   }
   for (cpu::Pages& block : taken) blocks->push_back(std::move(block));

@@ -27,9 +27,7 @@ class BlockPool {
   int64_t KeysAt(int32_t layer, int32_t head) const {
     return (static_cast<int64_t>(layer) * num_heads_ + head) * head_floats_;
   }
-  int64_t ValuesAt(int32_t layer, int32_t head) const {
-    return KeysAt(layer, head) + key_floats_;
-  }
+  int64_t ValuesAt(int32_t layer, int32_t head) const { return KeysAt(layer, head) + key_floats_; }
 
  private:
   int64_t num_heads_;

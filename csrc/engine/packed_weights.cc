@@ -44,8 +44,8 @@ struct PackedWeights::Carver {
   }
 };
 
-PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source,
-                             cpu::ThreadPool& pool, const Progress& progress)
+PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cpu::ThreadPool& pool,
+                             const Progress& progress)
     : hidden_(config.hidden_size) {
   const int64_t h = config.hidden_size;
   const int64_t wide = config.intermediate_size;
@@ -54,8 +54,8 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source,
   auto carve = [&] {
     carver.used = 0;
     positions_ = carver.Take(config.max_positions * h);
-    embedding_ = source.head_is_tied() ? PackedMatrix()
-                                       : carver.TakeMatrix(h, config.vocab_size, false);
+    embedding_ =
+        source.head_is_tied() ? PackedMatrix() : carver.TakeMatrix(h, config.vocab_size, false);
     const int64_t step_begin = carver.used;
     for (PackedLayer& layer : layers_) {
       layer.norm1_weight = carver.Take(h);
@@ -131,8 +131,8 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source,
     pack(layer.feed_forward_in, {{Matrix::kFeedForwardIn, 0}});
     pack(layer.feed_forward_out, {{Matrix::kFeedForwardOut, 0}});
     source.ReleaseLayer(i);
-    const float* layer_end = i + 1 < config.num_layers ? layers_[i + 1].norm1_weight
-                                                       : final_norm_weight_;
+    const float* layer_end =
+        i + 1 < config.num_layers ? layers_[i + 1].norm1_weight : final_norm_weight_;
     report(static_cast<uint64_t>(layer_end - layer_begin) * sizeof(float));
   }
   if (progress && done < total) progress(total, total);

@@ -57,7 +57,7 @@ class PackedWeights {
   cpu::Pages pages_;
   std::vector<PackedLayer> layers_;
   PackedMatrix head_;
-  PackedMatrix embedding_;  // head_ itself when tied
+  PackedMatrix embedding_;            // head_ itself when tied
   const float* positions_ = nullptr;  // [max_positions, hidden]
   float* final_norm_weight_ = nullptr;
   float* final_norm_bias_ = nullptr;

@@ -94,15 +94,15 @@ FASTGEN_API int fastgen_isa_supported(size_t index);
 typedef struct fastgen_config {
   size_t struct_size;
   int32_t vocab_size;
-  int32_t max_positions;     /**< rows of the position table: the most of prompt + new tokens */
-  int32_t hidden_size;       /**< a multiple of num_heads */
+  int32_t max_positions; /**< rows of the position table: the most of prompt + new tokens */
+  int32_t hidden_size;   /**< a multiple of num_heads */
   int32_t num_layers;
   int32_t num_heads;
   int32_t intermediate_size; /**< width of the feed-forward block */
   float layer_norm_eps;
-  int32_t bos_token_id;      /**< -1: the model names none */
-  int32_t eos_token_id;      /**< -1: the model names none */
-  int32_t pad_token_id;      /**< -1: the model names none */
+  int32_t bos_token_id; /**< -1: the model names none */
+  int32_t eos_token_id; /**< -1: the model names none */
+  int32_t pad_token_id; /**< -1: the model names none */
 } fastgen_config;
 
 /** Fills `config` with zeros, eps 1e-5 and no special tokens. */
@@ -170,8 +170,8 @@ typedef struct fastgen_model_info {
   const char* isa;
   const char* weight_dtype;
   int32_t num_threads;
-  uint64_t weight_bytes;        /**< packed weights in memory, padding included */
-  uint64_t step_bytes;          /**< weights that a decode step of one row reads */
+  uint64_t weight_bytes;          /**< packed weights in memory, padding included */
+  uint64_t step_bytes;            /**< weights that a decode step of one row reads */
   uint64_t cache_bytes_per_token; /**< KV cache for one position of one sequence */
 } fastgen_model_info;
 
@@ -209,9 +209,9 @@ typedef struct fastgen_options {
   int32_t forced_eos_token_id;  /**< the token at max_length; -1: none */
   int32_t has_seed;             /**< 0: a seed is drawn from the operating system and reported */
   uint64_t seed;
-  uint32_t first_sequence;      /**< sequence index of the first returned sequence; the draw at a
+  uint32_t first_sequence; /**< sequence index of the first returned sequence; the draw at a
                                      step is Philox(key = seed, counter = (sequence, step)) */
-  int32_t keep_logits;          /**< 1: keep the raw logits of every step (tests, analysis) */
+  int32_t keep_logits;     /**< 1: keep the raw logits of every step (tests, analysis) */
 } fastgen_options;
 
 /** Greedy search for 20 tokens, every filter off, no special token. */
@@ -292,8 +292,7 @@ FASTGEN_API fastgen_status fastgen_session_release(fastgen_session* session, uin
  * @param[out] bytes_per_second
  */
 FASTGEN_API fastgen_status fastgen_measure_read_bandwidth(fastgen_model* model, uint64_t bytes,
-                                                          int32_t passes,
-                                                          double* bytes_per_second);
+                                                          int32_t passes, double* bytes_per_second);
 
 #ifdef __cplusplus
 }
