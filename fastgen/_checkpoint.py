@@ -1,4 +1,4 @@
-"""Model directories of HuggingFace and of PaddleNLP, read into one form.
+"""Model directories of HuggingFace and of PaddleNLP, read into one form, and written in it.
 
 That form is HuggingFace's: its configuration, and its names without `transformer.`. Linear weights
 are `[in, out]` in both worlds, so only names differ, and q, k and v lie in one matrix (`c_attn`,
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.errors import ModelFileError, NotFoundError, UnsupportedError
+from fastgen.errors import (
+    InvalidArgumentError,
+    ModelFileError,
+    NotFoundError,
+    UnsupportedError,
+)
+from fastgen.tokenizer import TOKENIZER_FILES
 
 Tensors = dict[str, np.ndarray]
 
@@ -380,3 +389,54 @@ def huggingface_form(
         )
     result["torch_dtype"] = str(tensors["wte.weight"].dtype)
     return result, tensors
+
+
+# ---- Writing -----------------------------------------------------------------------------------
+
+
+def write_directory(
+    destination: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    tokenizer_source: Path | None,
+    *,
+    force: bool = False,
+) -> None:
+    """Writes a model directory aside and renames it, so that it is there whole or not at all.
+
+    Raises:
+        InvalidArgumentError: `destination` exists, and `force` is off or it is not a model.
+        OSError: it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    check_destination(destination, force)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        new = aside / "new"
+        new.mkdir()
+        text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        (new / "config.json").write_text(text, encoding="utf-8")
+        save_file(dict(tensors), str(new / "model.safetensors"), metadata={"format": "pt"})
+        for name in TOKENIZER_FILES:
+            if tokenizer_source is not None and (tokenizer_source / name).is_file():
+                shutil.copyfile(tokenizer_source / name, new / name)
+        if destination.exists():
+            destination.rename(aside / "old")
+        new.rename(destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_destination(destination: Path, force: bool) -> None:
+    """Raises InvalidArgumentError unless `destination` may be written."""
+    if not os.path.lexists(destination):
+        return
+    if not force:
+        raise InvalidArgumentError(f"{destination} exists: give --force to replace it")
+    is_model = (destination / "config.json").is_file()
+    if not destination.is_dir() or (not is_model and any(destination.iterdir())):
+        raise InvalidArgumentError(
+            f"{destination} is not a model directory, so --force does not replace it"
+        )

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastgen import _capi, models
 from fastgen import tokenizer as tokenizers
+from fastgen._checkpoint import is_paddlenlp_directory
 from fastgen._engine import (
     Model,
     ModelInfo,
@@ -150,9 +151,7 @@ class Generator:
             MemoryError: the weights do not fit.
         """
         directory = models.resolve(directory_or_name)
-        from fastgen import convert
-
-        if convert.is_paddlenlp_directory(directory):
+        if is_paddlenlp_directory(directory):
             raise ModelFileError(
                 f"{directory} is a checkpoint of PaddleNLP: convert it with "
                 f"fastgen convert {directory} {directory}-fastgen and load {directory}-fastgen"

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen._checkpoint import import_paddlenlp, load_directory, write_directory
+from fastgen._paddlenlp import from_paddlenlp
 from fastgen.errors import FastgenError, NotFoundError, UnsupportedError
 
 __all__ = ["DEFAULT_MODEL", "PADDLENLP_NAMES", "cache_directory", "resolve"]
@@ -86,18 +88,16 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _from_paddlenlp(name: str) -> Path:
-    from fastgen import convert
-
     cached = cache_directory() / "models" / name
     if _is_complete(cached):
         return cached
     by_hand = _download_directory(name)
     if all((by_hand / file).is_file() for file in _file_names(name)):
-        config, tensors = convert.load_directory(by_hand)
+        config, tensors = load_directory(by_hand)
         _write_once(cached, config, tensors, by_hand)
         return cached
     try:
-        transformers = convert.import_paddlenlp()
+        transformers = import_paddlenlp()
     except UnsupportedError as error:
         raise NotFoundError(
             f"{name} is a model of PaddleNLP, which cannot get it here ({error}): "
@@ -118,7 +118,7 @@ def _from_paddlenlp(name: str) -> Path:
             f"PaddleNLP could not get {name} ({type(error).__name__}: {reason}): "
             f"{_what_to_download(name, urls)}"
         ) from error
-    config, tensors = convert.from_paddlenlp(model)
+    config, tensors = from_paddlenlp(model)
     del model
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_resources(scratch)
@@ -129,10 +129,8 @@ def _from_paddlenlp(name: str) -> Path:
 def _write_once(
     cached: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], tokenizer_source: Path
 ) -> None:
-    from fastgen import convert
-
     try:
-        convert.write_directory(cached, config, tensors, tokenizer_source)
+        write_directory(cached, config, tensors, tokenizer_source)
     except (FastgenError, OSError):
         if not _is_complete(cached):  # else another process was faster
             raise
