@@ -17,7 +17,7 @@ ci/env.sh demo run
 ci/env.sh --project demo
 
 if [[ $# -eq 0 ]]; then
-  set -- --prompt "Return a copy of the string" --max_length 96 --topk 8 --temperature 0.8 --seed 7
+  set -- --prompt "Return True if" --max_length 96 --topk 8 --temperature 0.8 --seed 7
 fi
 # From outside the checkout, so that the installed package is what runs.
 fastgen="$PWD/.venv/demo/bin/fastgen"
