@@ -191,7 +191,8 @@ STRUCTURES: dict[str, type[Structure]] = {
     "fastgen_sequence": Sequence,
 }
 
-#: Function of the header -> result type and parameter types. Models and sessions are `c_void_p`.
+#: Function of the header -> result type and parameter types. Handles (models, sessions, tokenizers,
+#: text streams) are `c_void_p`; text, which may hold NULs, is `c_char_p` with its size.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastgen_version": (c_char_p, []),
     "fastgen_last_error": (c_char_p, []),
@@ -220,6 +221,25 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastgen_session_get": (c_int, [c_void_p, c_uint64, POINTER(Sequence)]),
     "fastgen_session_cancel": (c_int, [c_void_p, c_uint64]),
     "fastgen_session_release": (c_int, [c_void_p, c_uint64]),
+    "fastgen_tokenizer_load": (c_int, [c_char_p, POINTER(c_void_p)]),
+    "fastgen_tokenizer_free": (None, [c_void_p]),
+    "fastgen_tokenizer_vocab_size": (c_size_t, [c_void_p]),
+    "fastgen_tokenizer_token_id": (c_int, [c_void_p, c_char_p, POINTER(c_int32)]),
+    "fastgen_tokenizer_encode": (
+        c_int,
+        [c_void_p, c_char_p, c_size_t, POINTER(c_int32), c_size_t, POINTER(c_size_t)],
+    ),
+    "fastgen_tokenizer_decode": (
+        c_int,
+        [c_void_p, POINTER(c_int32), c_size_t, c_int32, c_char_p, c_size_t, POINTER(c_size_t)],
+    ),
+    "fastgen_text_stream_create": (c_int, [c_void_p, c_int32, POINTER(c_void_p)]),
+    "fastgen_text_stream_push": (
+        c_int,
+        [c_void_p, POINTER(c_int32), c_size_t, POINTER(c_char_p), POINTER(c_size_t)],
+    ),
+    "fastgen_text_stream_flush": (c_int, [c_void_p, POINTER(c_char_p), POINTER(c_size_t)]),
+    "fastgen_text_stream_free": (None, [c_void_p]),
     "fastgen_measure_read_bandwidth": (
         c_int,
         [c_void_p, c_uint64, c_int32, POINTER(c_double)],

@@ -1,9 +1,11 @@
 // The C API. Everything is caught here; see fastgen.h for the contracts.
 #include "fastgen/fastgen.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "api/convert.h"
 #include "api/status.h"
@@ -11,6 +13,7 @@
 #include "engine/model.h"
 #include "engine/session.h"
 #include "io/tensor.h"
+#include "text/tokenizer.h"
 
 #if !defined(FASTGEN_VERSION)
 #error "the build defines FASTGEN_VERSION"
@@ -31,6 +34,15 @@ struct fastgen_session {
   engine::Session session;
 };
 
+struct fastgen_tokenizer {
+  std::shared_ptr<const text::Tokenizer> tokenizer;
+};
+
+struct fastgen_text_stream {
+  text::TextStream stream;
+  std::string piece;  // what the last call gave
+};
+
 namespace {
 
 constexpr int32_t kDefaultRows = 256;
@@ -38,6 +50,17 @@ constexpr int32_t kMaxRows = 4096;
 
 fastgen_model* NewModel(std::shared_ptr<const engine::Model> model) {
   return new fastgen_model{std::move(model)};
+}
+
+void CheckFlag(int32_t value, const char* parameter) {
+  if (value == 0 || value == 1) return;
+  Invalid(std::string(parameter) + " is " + std::to_string(value) + ", it must be 0 or 1");
+}
+
+void GivePiece(std::string piece, fastgen_text_stream* stream, const char** text, size_t* size) {
+  stream->piece = std::move(piece);
+  *text = stream->piece.c_str();
+  *size = stream->piece.size();
 }
 
 }  // namespace
@@ -222,6 +245,97 @@ fastgen_status fastgen_session_release(fastgen_session* session, uint64_t id) {
     session->session.Release(id);
   });
 }
+
+// ---- text ----------------------------------------------------------------------------------
+
+fastgen_status fastgen_tokenizer_load(const char* directory, fastgen_tokenizer** tokenizer) {
+  return Guard([&] {
+    CheckNotNull(directory, "directory");
+    CheckNotNull(tokenizer, "tokenizer");
+    *tokenizer = new fastgen_tokenizer{text::Tokenizer::Load(directory)};
+  });
+}
+
+void fastgen_tokenizer_free(fastgen_tokenizer* tokenizer) { delete tokenizer; }
+
+size_t fastgen_tokenizer_vocab_size(const fastgen_tokenizer* tokenizer) {
+  return tokenizer ? tokenizer->tokenizer->vocabulary().size() : 0;
+}
+
+fastgen_status fastgen_tokenizer_token_id(const fastgen_tokenizer* tokenizer, const char* token,
+                                          int32_t* id) {
+  return Guard([&] {
+    CheckNotNull(tokenizer, "tokenizer");
+    CheckNotNull(token, "token");
+    CheckNotNull(id, "id");
+    *id = tokenizer->tokenizer->vocabulary().Find(token);
+  });
+}
+
+fastgen_status fastgen_tokenizer_encode(const fastgen_tokenizer* tokenizer, const char* text,
+                                        size_t size, int32_t* tokens, size_t capacity,
+                                        size_t* length) {
+  return Guard([&] {
+    CheckNotNull(tokenizer, "tokenizer");
+    if (size > 0) CheckNotNull(text, "text");
+    if (capacity > 0) CheckNotNull(tokens, "tokens");
+    CheckNotNull(length, "length");
+    const std::vector<int32_t> ids = tokenizer->tokenizer->Encode(text, size);
+    std::copy_n(ids.begin(), std::min(capacity, ids.size()), tokens);
+    *length = ids.size();
+  });
+}
+
+fastgen_status fastgen_tokenizer_decode(const fastgen_tokenizer* tokenizer, const int32_t* tokens,
+                                        size_t length, int32_t skip_special_tokens, char* text,
+                                        size_t capacity, size_t* size) {
+  return Guard([&] {
+    CheckNotNull(tokenizer, "tokenizer");
+    if (length > 0) CheckNotNull(tokens, "tokens");
+    CheckFlag(skip_special_tokens, "skip_special_tokens");
+    if (capacity > 0) CheckNotNull(text, "text");
+    CheckNotNull(size, "size");
+    const std::string decoded =
+        tokenizer->tokenizer->Decode(tokens, length, skip_special_tokens == 1);
+    std::copy_n(decoded.begin(), std::min(capacity, decoded.size()), text);
+    *size = decoded.size();
+  });
+}
+
+fastgen_status fastgen_text_stream_create(const fastgen_tokenizer* tokenizer,
+                                          int32_t skip_special_tokens,
+                                          fastgen_text_stream** stream) {
+  return Guard([&] {
+    CheckNotNull(tokenizer, "tokenizer");
+    CheckFlag(skip_special_tokens, "skip_special_tokens");
+    CheckNotNull(stream, "stream");
+    *stream = new fastgen_text_stream{
+        text::TextStream(tokenizer->tokenizer, skip_special_tokens == 1), {}};
+  });
+}
+
+fastgen_status fastgen_text_stream_push(fastgen_text_stream* stream, const int32_t* tokens,
+                                        size_t length, const char** text, size_t* size) {
+  return Guard([&] {
+    CheckNotNull(stream, "stream");
+    if (length > 0) CheckNotNull(tokens, "tokens");
+    CheckNotNull(text, "text");
+    CheckNotNull(size, "size");
+    GivePiece(stream->stream.Push(tokens, length), stream, text, size);
+  });
+}
+
+fastgen_status fastgen_text_stream_flush(fastgen_text_stream* stream, const char** text,
+                                         size_t* size) {
+  return Guard([&] {
+    CheckNotNull(stream, "stream");
+    CheckNotNull(text, "text");
+    CheckNotNull(size, "size");
+    GivePiece(stream->stream.Flush(), stream, text, size);
+  });
+}
+
+void fastgen_text_stream_free(fastgen_text_stream* stream) { delete stream; }
 
 // ---- measurement ---------------------------------------------------------------------------
 

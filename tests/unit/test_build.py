@@ -235,6 +235,29 @@ def test_program_through_pkg_config(tree: Tree, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_application_of_the_guide(tree: Tree, tmp_path: Path) -> None:
+    """docs/cpp.md: its application through its CMakeLists.txt and through its compiler command."""
+    need("pkg-config", "g++")
+    guide = (ROOT / "docs" / "cpp.md").read_text()
+    blocks = dict(re.findall(r"^```(cpp|cmake)\n(.*?)^```$", guide, flags=re.M | re.S))
+    (tmp_path / "main.cc").write_text(blocks["cpp"])
+    (tmp_path / "CMakeLists.txt").write_text(blocks["cmake"])
+    prefix = f"-DCMAKE_PREFIX_PATH={tree.prefix}"
+    run("cmake", "-S", ".", "-B", "b", "-G", "Ninja", prefix, cwd=tmp_path)
+    run("cmake", "--build", "b", cwd=tmp_path)
+    (command,) = re.findall(r"^g\+\+ .*$", guide, flags=re.M)
+    environment = {"PKG_CONFIG_PATH": str(tree.prefix / "lib" / "pkgconfig")}
+    run("sh", "-c", command, cwd=tmp_path, **environment)
+    model = Path(fastgen.__file__).parent / "models" / "gpt2-docstrings"
+    library = {"LD_LIBRARY_PATH": str(tree.prefix / "lib")}
+    for program in (tmp_path / "b" / "application", tmp_path / "application"):
+        output = run(program, model, "Return a list of", **library)
+        assert re.search(r"\n\d+ tokens, seed \d+\n$", output)
+    # The installed program finds its library by itself.
+    assert run(tree.prefix / "bin" / "fastgen-gpt", "--version").split()[1] == project_version()
+
+
+@pytest.mark.slow
 def test_kernel_sets_share_no_code(tree: Tree) -> None:
     """A weak symbol of one set could be what a machine without its instructions is given."""
     need("nm")

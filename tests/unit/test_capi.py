@@ -44,6 +44,7 @@ SCALARS = {
     "float": c_float,
     "double": c_double,
 }
+HANDLES = ("fastgen_model", "fastgen_session", "fastgen_tokenizer", "fastgen_text_stream")
 
 
 def header() -> str:
@@ -73,10 +74,10 @@ def native_type(declaration: str) -> Any:
     if base == "void":
         return c_void_p if stars else None
     if base == "char":
-        return c_char_p
+        return c_char_p if stars == 1 else POINTER(c_char_p)
     if base == "fastgen_progress_fn":
         return _capi.ProgressFunction
-    if base in ("fastgen_model", "fastgen_session"):
+    if base in HANDLES:
         result: Any = c_void_p
         stars -= 1
     elif base in _capi.STRUCTURES:

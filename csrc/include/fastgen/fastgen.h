@@ -9,8 +9,9 @@
  * objects it was given usable and, but for fastgen_session_step(), as they were. The library never
  * prints, exits or aborts.
  *
- * Threads. A ::fastgen_model may be used from any number of threads. A ::fastgen_session belongs to
- * one thread at a time. fastgen_last_error() is per thread.
+ * Threads. A ::fastgen_model and a ::fastgen_tokenizer may be used from any number of threads. A
+ * ::fastgen_session and a ::fastgen_text_stream belong to one thread at a time.
+ * fastgen_last_error() is per thread.
  *
  * Structures start with `struct_size`, so that a later library can add members and still serve
  * programs compiled against this header. Options are filled by the matching `_init` function, which
@@ -71,6 +72,8 @@ typedef enum fastgen_finish_reason {
 
 typedef struct fastgen_model fastgen_model;
 typedef struct fastgen_session fastgen_session;
+typedef struct fastgen_tokenizer fastgen_tokenizer;
+typedef struct fastgen_text_stream fastgen_text_stream;
 
 /** Version of the library, "major.minor.patch". Static storage. */
 FASTGEN_API const char* fastgen_version(void);
@@ -281,6 +284,99 @@ FASTGEN_API fastgen_status fastgen_session_cancel(fastgen_session* session, uint
 
 /** Forgets a sequence, ending it first if it runs. */
 FASTGEN_API fastgen_status fastgen_session_release(fastgen_session* session, uint64_t id);
+
+/* ---- Text ---------------------------------------------------------------------------------- */
+
+/**
+ * Loads the byte-level BPE tokenizer of a model directory: `tokenizer.json`, or else `vocab.json`
+ * or `vocab.txt` (one token a line; the number of the line, from 0, is its id) with `merges.txt`.
+ *
+ * With the latter, `<|endoftext|>` and what `special_tokens_map.json` and `tokenizer_config.json`
+ * name as bos, eos, pad and unk are special tokens where the vocabulary has them.
+ *
+ * ::FASTGEN_NOT_FOUND: there is no tokenizer. ::FASTGEN_UNSUPPORTED: it is of another kind.
+ * @param[out] tokenizer to be given to fastgen_tokenizer_free(). It never changes.
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_tokenizer_load(const char* directory,
+                                                  fastgen_tokenizer** tokenizer);
+
+/** Releases the tokenizer once its last text stream is freed. NULL is allowed. @since 0.1 */
+FASTGEN_API void fastgen_tokenizer_free(fastgen_tokenizer* tokenizer);
+
+/** Number of tokens, special ones included; 0 for NULL. A model may have more. @since 0.1 */
+FASTGEN_API size_t fastgen_tokenizer_vocab_size(const fastgen_tokenizer* tokenizer);
+
+/**
+ * Id of one token as the vocabulary writes it, e.g. "<|endoftext|>".
+ * @param token ends with a NUL
+ * @param[out] id -1: the vocabulary does not have it, which is no error
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_tokenizer_token_id(const fastgen_tokenizer* tokenizer,
+                                                      const char* token, int32_t* id);
+
+/**
+ * Token ids of a text, with nothing put before or after it. Special tokens written out in the text
+ * become their one id. The time it takes grows linearly with the text (a single word of n bytes:
+ * n log n).
+ *
+ * The text should be UTF-8. A byte that is not part of valid UTF-8 is encoded as itself, and counts
+ * as a character that is neither letter nor number nor white space where text is split.
+ * @param text [size] bytes, at most 2^31 - 1; may hold NULs; may be NULL if size is 0
+ * @param[out] tokens [capacity], the first `capacity` ids; may be NULL if capacity is 0. There are
+ *        never more ids than bytes, so a capacity of `size` always suffices.
+ * @param[out] length ids that the text has, which may be more than `capacity`
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_tokenizer_encode(const fastgen_tokenizer* tokenizer,
+                                                    const char* text, size_t size, int32_t* tokens,
+                                                    size_t capacity, size_t* length);
+
+/**
+ * Text of token ids: valid UTF-8, without a NUL at the end. Bytes that are not UTF-8 become U+FFFD,
+ * one for each maximal subpart. Ids that the vocabulary does not have are left out (a model's
+ * vocabulary may be padded); a negative one is an error.
+ * @param tokens [length]; may be NULL if length is 0
+ * @param skip_special_tokens 1: special tokens are left out; 0: they are written out
+ * @param[out] text [capacity], the first `capacity` bytes; may be NULL if capacity is 0
+ * @param[out] size bytes that the text has, which may be more than `capacity`
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_tokenizer_decode(const fastgen_tokenizer* tokenizer,
+                                                    const int32_t* tokens, size_t length,
+                                                    int32_t skip_special_tokens, char* text,
+                                                    size_t capacity, size_t* size);
+
+/**
+ * A text stream decodes tokens as they come and never gives half a UTF-8 character. Its pieces
+ * joined are what fastgen_tokenizer_decode() makes of all tokens. It keeps its tokenizer alive.
+ * @param[out] stream to be given to fastgen_text_stream_free()
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_text_stream_create(const fastgen_tokenizer* tokenizer,
+                                                      int32_t skip_special_tokens,
+                                                      fastgen_text_stream** stream);
+
+/**
+ * Adds tokens and gives the text that is now certain, often none.
+ * @param tokens [length]; may be NULL if length is 0
+ * @param[out] text [size] bytes, followed by a NUL that is not counted; the stream's, until its next
+ *        call
+ * @param[out] size may be 0
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_text_stream_push(fastgen_text_stream* stream,
+                                                    const int32_t* tokens, size_t length,
+                                                    const char** text, size_t* size);
+
+/** Gives what is left at the end of a sequence, an incomplete character as U+FFFD, as
+ *  fastgen_text_stream_push() does. The stream may then begin another sequence. @since 0.1 */
+FASTGEN_API fastgen_status fastgen_text_stream_flush(fastgen_text_stream* stream, const char** text,
+                                                     size_t* size);
+
+/** NULL is allowed. @since 0.1 */
+FASTGEN_API void fastgen_text_stream_free(fastgen_text_stream* stream);
 
 /* ---- Measurement --------------------------------------------------------------------------- */
 

@@ -3,10 +3,13 @@
  * @brief C++17 over fastgen.h: ownership, exceptions, vectors. Header-only; link libfastgen.
  *
  *     fastgen::Model model = fastgen::Model::load("gpt2");
+ *     fastgen::Tokenizer tokenizer = fastgen::Tokenizer::load("gpt2");
  *     fastgen::Options options;
  *     options.max_length = 32;
- *     for (const fastgen::Result& result : model.generate({{464, 3280, 318}}, options)) {
- *       use(result.tokens);
+ *     options.eos_token_id = model.info().config.eos_token_id;
+ *     for (const fastgen::TextResult& result :
+ *          model.generate(tokenizer, {"The answer is"}, options)) {
+ *       use(result.text);
  *     }
  *
  * What fastgen.h says of options, threads and failures holds here too.
@@ -18,6 +21,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -97,6 +101,102 @@ struct Result {
   std::vector<float> logits;  /**< [tokens, vocab_size] if keep_logits was set */
 };
 
+/** A sequence as text. */
+struct TextResult : Result {
+  std::vector<std::int32_t> prompt; /**< the prompt's tokens */
+  std::string text;                 /**< of the new tokens, without eos and special tokens; UTF-8 */
+};
+
+/** Byte-level BPE of a model directory. Any number of threads may use one; movable, not copyable. */
+class Tokenizer {
+ public:
+  /** Loads the tokenizer of a model directory, see fastgen_tokenizer_load(). */
+  static Tokenizer load(const std::string& directory) {
+    fastgen_tokenizer* handle = nullptr;
+    detail::check(fastgen_tokenizer_load(directory.c_str(), &handle));
+    return Tokenizer(handle);
+  }
+
+  /** Token ids of a text, see fastgen_tokenizer_encode(). */
+  std::vector<std::int32_t> encode(const std::string& text) const {
+    std::vector<std::int32_t> tokens(text.size());
+    std::size_t length = 0;
+    detail::check(fastgen_tokenizer_encode(handle_.get(), text.data(), text.size(), tokens.data(),
+                                           tokens.size(), &length));
+    tokens.resize(length);
+    return tokens;
+  }
+
+  /** Text of token ids, valid UTF-8, see fastgen_tokenizer_decode(). */
+  std::string decode(const std::vector<std::int32_t>& tokens,
+                     bool skip_special_tokens = true) const {
+    std::string text(8 * tokens.size(), '\0');  // enough for most; if not, once more
+    while (true) {
+      const std::size_t capacity = text.size();
+      std::size_t size = 0;
+      detail::check(fastgen_tokenizer_decode(handle_.get(), tokens.data(), tokens.size(),
+                                             skip_special_tokens ? 1 : 0, &text[0], capacity,
+                                             &size));
+      text.resize(size);
+      if (size <= capacity) return text;
+    }
+  }
+
+  /** Id of one token as the vocabulary writes it, e.g. "<|endoftext|>"; -1: it has no such token. */
+  std::int32_t token_id(const std::string& token) const {
+    std::int32_t id = -1;
+    detail::check(fastgen_tokenizer_token_id(handle_.get(), token.c_str(), &id));
+    return id;
+  }
+
+  /** Number of tokens, special ones included. */
+  std::size_t vocab_size() const { return fastgen_tokenizer_vocab_size(handle_.get()); }
+
+  fastgen_tokenizer* handle() const noexcept { return handle_.get(); }
+
+ private:
+  struct Free {
+    void operator()(fastgen_tokenizer* tokenizer) const { fastgen_tokenizer_free(tokenizer); }
+  };
+  explicit Tokenizer(fastgen_tokenizer* handle) : handle_(handle) {}
+  std::unique_ptr<fastgen_tokenizer, Free> handle_;
+};
+
+/** Decodes tokens as they come, never half a character. One thread at a time; it keeps its
+ *  tokenizer alive; movable, not copyable. */
+class TextStream {
+ public:
+  explicit TextStream(const Tokenizer& tokenizer, bool skip_special_tokens = true) {
+    fastgen_text_stream* handle = nullptr;
+    detail::check(
+        fastgen_text_stream_create(tokenizer.handle(), skip_special_tokens ? 1 : 0, &handle));
+    handle_.reset(handle);
+  }
+
+  /** Adds `length` tokens; returns the text that is now certain, often none. */
+  std::string push(const std::int32_t* tokens, std::size_t length) {
+    const char* text = nullptr;
+    std::size_t size = 0;
+    detail::check(fastgen_text_stream_push(handle_.get(), tokens, length, &text, &size));
+    return std::string(text, size);
+  }
+  std::string push(std::int32_t token) { return push(&token, 1); }
+
+  /** The rest, at the end of a sequence. The stream may then begin another one. */
+  std::string flush() {
+    const char* text = nullptr;
+    std::size_t size = 0;
+    detail::check(fastgen_text_stream_flush(handle_.get(), &text, &size));
+    return std::string(text, size);
+  }
+
+ private:
+  struct Free {
+    void operator()(fastgen_text_stream* stream) const { fastgen_text_stream_free(stream); }
+  };
+  std::unique_ptr<fastgen_text_stream, Free> handle_;
+};
+
 class Model;
 
 /** Requests that run together on one model. One thread at a time; movable, not copyable. */
@@ -164,6 +264,9 @@ class Model {
    *  @param index of the sequence among the results of generate() */
   using OnToken = std::function<bool(std::size_t index, std::int32_t token)>;
 
+  /** A piece of text of a running generation. Return false to end that sequence there. */
+  using OnText = std::function<bool(std::size_t index, const std::string& piece)>;
+
   /** Loads a model directory, see fastgen_model_load(). */
   static Model load(const std::string& directory, const ModelOptions& options = {}) {
     return make(options, [&](const fastgen_model_options* c_options, fastgen_model** model) {
@@ -204,13 +307,15 @@ class Model {
    * @return num_return_sequences results per prompt, in the order of the prompts. With one seed for
    *         all, the rows draw apart: result i has sequence index first_sequence + i.
    * @param on_token called after every step for each new token; may be empty
+   * @param max_rows sequences decoded together, more wait; 0 is the default
    */
   std::vector<Result> generate(const std::vector<std::vector<std::int32_t>>& prompts,
-                               const Options& options = {}, const OnToken& on_token = {}) const {
+                               const Options& options = {}, const OnToken& on_token = {},
+                               std::int32_t max_rows = 0) const {
     if (prompts.empty()) {
       throw Error(FASTGEN_INVALID_ARGUMENT, "prompts is empty, it must have at least one prompt");
     }
-    Session session(*this);
+    Session session(*this, max_rows);
     std::vector<std::uint64_t> ids;
     Options request = options;
     for (const std::vector<std::int32_t>& prompt : prompts) {
@@ -241,6 +346,46 @@ class Model {
     for (const std::uint64_t id : ids) {
       results.push_back(session.get(id));
       session.release(id);
+    }
+    return results;
+  }
+
+  /**
+   * Text in, text out, else as above. Set options.eos_token_id to info().config.eos_token_id to let
+   * the model end its texts.
+   * @param on_text called after every step for each new piece of text, never half a character; may
+   *        be empty. The pieces of one index joined are its result's text.
+   */
+  std::vector<TextResult> generate(const Tokenizer& tokenizer,
+                                   const std::vector<std::string>& prompts,
+                                   const Options& options = {}, const OnText& on_text = {},
+                                   std::int32_t max_rows = 0) const {
+    std::vector<std::vector<std::int32_t>> encoded;
+    encoded.reserve(prompts.size());
+    for (const std::string& prompt : prompts) encoded.push_back(tokenizer.encode(prompt));
+    std::map<std::size_t, TextStream> streams;
+    OnToken on_token;
+    if (on_text) {
+      on_token = [&](std::size_t index, std::int32_t token) {
+        // The end is no text, whether or not the tokenizer takes it for special.
+        if (token == options.eos_token_id) return true;
+        const std::string piece = streams.try_emplace(index, tokenizer).first->second.push(token);
+        return piece.empty() || on_text(index, piece);
+      };
+    }
+    std::vector<Result> sequences = generate(encoded, options, on_token, max_rows);
+    std::vector<TextResult> results(sequences.size());
+    for (std::size_t i = 0; i < results.size(); ++i) {
+      static_cast<Result&>(results[i]) = std::move(sequences[i]);
+      results[i].prompt = encoded[i / static_cast<std::size_t>(options.num_return_sequences)];
+      std::vector<std::int32_t> words = results[i].tokens;
+      if (results[i].finish_reason == FASTGEN_FINISH_EOS) words.pop_back();
+      results[i].text = tokenizer.decode(words);
+    }
+    // A character that a sequence's end has cut off.
+    for (auto& [index, stream] : streams) {
+      const std::string rest = stream.flush();
+      if (!rest.empty()) on_text(index, rest);
     }
     return results;
   }

@@ -1,0 +1,99 @@
+// libFuzzer target: the files of a tokenizer, and text through whatever they make.
+//
+// An input is parts with "\n====\n" between them: a letter for the kind of vocabulary (j: tokenizer.json,
+// v: vocab.json, t: vocab.txt), the vocabulary, merges.txt, special_tokens_map.json, text.
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "text/tokenizer.h"
+#include "text/utf8.h"
+
+namespace {
+
+using namespace fastgen;  // NOLINT: a program, not a header
+
+std::string NextPart(std::string* rest) {
+  static const std::string kSeparator = "\n====\n";
+  const size_t end = rest->find(kSeparator);
+  const std::string part = rest->substr(0, end);
+  rest->erase(0, end == std::string::npos ? end : end + kSeparator.size());
+  return part;
+}
+
+text::TokenizerFiles Parse(std::string* rest) {
+  const std::string kind = NextPart(rest);
+  const std::string vocabulary = NextPart(rest);
+  const std::string merges = NextPart(rest);
+  const std::string special = NextPart(rest);
+  if (kind == "j") return text::ParseTokenizerJson(vocabulary, "tokenizer.json");
+  text::TokenizerFiles files;
+  files.where = "vocab";
+  files.merges_where = "merges.txt";
+  files.vocabulary = kind == "v" ? text::ParseVocabJson(vocabulary, "vocab.json")
+                                 : text::ParseVocabText(vocabulary, "vocab.txt");
+  files.merges = text::ParseMerges(merges, "merges.txt");
+  const std::vector<std::string> tokens =
+      text::ParseSpecialTokens(special, "special_tokens_map.json");
+  for (const text::Token& token : files.vocabulary) {
+    for (const std::string& wanted : tokens) {
+      if (token.text != wanted) continue;
+      text::AddedToken added;
+      added.text = wanted;
+      files.added.push_back(added);
+      break;
+    }
+  }
+  return files;
+}
+
+void Require(bool condition) {
+  if (!condition) std::abort();
+}
+
+void UseText(const std::shared_ptr<const text::Tokenizer>& tokenizer, const std::string& input,
+             bool has_added) {
+  const std::vector<int32_t> ids = tokenizer->Encode(input.data(), input.size());
+  Require(ids.size() <= input.size());
+  for (const bool skip : {false, true}) {
+    const std::string whole = tokenizer->Decode(ids.data(), ids.size(), skip);
+    text::TextStream stream(tokenizer, skip);
+    std::string pieces;
+    for (const int32_t id : ids) {
+      pieces += stream.Push(&id, 1);
+      // Never half a character: what is out is valid UTF-8.
+      std::string valid;
+      Require(text::AppendLossy(pieces.data(), pieces.data() + pieces.size(), true, &valid) ==
+              pieces.size());
+      Require(valid == pieces);
+    }
+    pieces += stream.Flush();
+    Require(pieces == whole);
+    if (has_added || skip) continue;
+    std::string lossy;
+    text::AppendLossy(input.data(), input.data() + input.size(), false, &lossy);
+    Require(whole == lossy);
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  std::string rest(reinterpret_cast<const char*>(data), size);
+  try {
+    text::TokenizerFiles files = Parse(&rest);
+    const bool has_added = !files.added.empty();
+    const auto tokenizer = std::make_shared<const text::Tokenizer>(std::move(files));
+    UseText(tokenizer, rest.substr(0, 256), has_added);
+  } catch (const base::Error& error) {
+    // One sentence, without control characters.
+    const std::string message = error.what();
+    Require(!message.empty() && message.find('\n') == std::string::npos);
+  }
+  return 0;
+}
