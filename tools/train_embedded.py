@@ -19,10 +19,12 @@ The script does everything in one run:
 The learning rate follows the clock, so that its decay ends when ``--minutes`` are over, whatever
 the machine. The directory is rewritten at every checkpoint: an early version can be used meanwhile.
 
-The weights in the repository took 35 minutes on two cores of an AMD EPYC with PaddlePaddle 2.6.2
-and Python 3.11.7::
+The weights in the repository took 25 minutes of CPU time on each of two cores of an AMD EPYC (65
+minutes by the clock, because the machine was busy with other work; hence ``--clock cpu``), with
+PaddlePaddle 2.6.2 and Python 3.11.7::
 
-    python tools/train_embedded.py --minutes 35 --threads 2 --output fastgen/models/gpt2-docstrings
+    python tools/train_embedded.py --minutes 25 --clock cpu --threads 2 \\
+        --output fastgen/models/gpt2-docstrings
 
 The run depends on the time each step takes, so it does not reproduce the same bits; another Python
 version also brings another corpus.
@@ -522,7 +524,7 @@ knows nothing and is good for nothing else.
 - Text: {count:,} docstrings of the standard library of CPython {python} (Python and C modules,
   tests left out), {characters:,} characters, {tokens:,} tokens. {held_out} of the docstrings were
   held out for validation.
-- Training: PaddlePaddle {paddle} on {threads} CPU cores, {minutes:.0f} minutes of {clock} time,
+- Training: PaddlePaddle {paddle} on {threads} CPU cores, {minutes:.0f} minutes of {clock},
   {steps:,} steps of {batch_tokens:,} tokens: {epochs:.1f} passes over the text, {speed:,.0f}
   tokens/s.
 - Loss in nats per token: training {train_loss:.3f} (running mean, with dropout), validation
@@ -627,7 +629,7 @@ def main() -> None:
             paddle=paddle.__version__,
             threads=options.threads,
             minutes=elapsed / 60,
-            clock="wall-clock" if options.clock == "wall" else "CPU",
+            clock="wall-clock time" if options.clock == "wall" else "CPU time on each",
             steps=step,
             batch_tokens=options.batch * shape.positions,
             epochs=step * options.batch * shape.positions / tokens,
