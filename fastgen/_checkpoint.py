@@ -163,8 +163,8 @@ def is_paddlenlp_directory(directory: Path) -> bool:
 
 
 def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a model directory, be it HuggingFace's, PaddleNLP's or an export,
-    in HuggingFace's form (names without `transformer.`).
+    """Configuration and tensors of a model directory (HuggingFace's, PaddleNLP's or an export) in
+    HuggingFace's form (names without `transformer.`).
 
     Raises:
         NotFoundError: the directory or one of its files is not there.

@@ -192,8 +192,7 @@ def missing_tokenizer_message(directory: Path) -> str:
         )
     return (
         f"{directory} has no tokenizer (tokenizer.json, or merges.txt with vocab.json or "
-        "vocab.txt): give "
-        "token ids as the prompt, or put the tokenizer's files there"
+        "vocab.txt): give token ids as the prompt, or put the tokenizer's files there"
     )
 
 
