@@ -113,7 +113,8 @@ def save_program(
         field: getattr(options, field)
         for field in (
             "decode_strategy", "max_length", "min_length", "top_k", "top_p", "temperature",
-            "repetition_penalty", "no_repeat_ngram_size", "eos_token_id", "pad_token_id", "seed",
+            "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "eos_token_id",
+            "pad_token_id", "forced_bos_token_id", "forced_eos_token_id", "seed",
         )
     }  # fmt: skip
     inputs = INPUTS + RUNTIME_INPUTS if runtime_options else INPUTS

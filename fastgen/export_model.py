@@ -189,7 +189,8 @@ def _generation(options: GenerationOptions) -> dict[str, Any]:
     """The options as `fastgen.json` has them: what the program does, or may be fed."""
     names = (
         "decode_strategy", "max_length", "min_length", "top_k", "top_p", "temperature",
-        "repetition_penalty", "no_repeat_ngram_size", "eos_token_id", "pad_token_id",
+        "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "eos_token_id",
+        "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
     )  # fmt: skip
     document = {name: getattr(options, name) for name in names}
     # A text, because few readers of JSON hold 64 bits.
