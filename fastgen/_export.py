@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ class Record:
     @property
     def num_bytes(self) -> int:
         """Bytes of its data."""
-        items = int(np.prod(self.shape, dtype=np.int64))
-        return items * np.dtype(_STORED_TYPES[self.dtype]).itemsize
+        # Python's integers: sizes out of a damaged file must not wrap around.
+        return math.prod(self.shape) * np.dtype(_STORED_TYPES[self.dtype]).itemsize
 
 
 def is_export(directory: Path) -> bool:

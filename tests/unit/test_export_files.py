@@ -145,6 +145,15 @@ def test_python_reads_the_same_tensors(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(again.logits(PROMPT), load(directory).logits(PROMPT))
 
 
+@pytest.mark.parametrize("shape", [(2**31, 2**31, 4), (2**62,), (-4,), (5,)])
+def test_python_refuses_records_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "gpt.pdiparams"
+    header = record_header([size % 2**64 for size in shape], "float32")
+    path.write_bytes(header + bytes(16))
+    with pytest.raises(ModelFileError, match="truncated"):
+        scan_records(path)
+
+
 def test_an_export_is_not_converted(good: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="is an export"):
         convert(str(good), tmp_path / "out")
