@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen import _export
 from fastgen.errors import (
     InvalidArgumentError,
     ModelFileError,
@@ -162,7 +163,7 @@ def is_paddlenlp_directory(directory: Path) -> bool:
 
 
 def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a model directory, whether HuggingFace's or PaddleNLP's, in
+    """Configuration and tensors of a model directory (HuggingFace's, PaddleNLP's or an export) in
     HuggingFace's form (names without `transformer.`).
 
     Raises:
@@ -171,6 +172,10 @@ def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
     """
     if not directory.is_dir():
         raise NotFoundError(f"{directory} is not a directory")
+    if _export.is_export(directory):
+        config, arrays = _export.read_tensors(directory)
+        state = {name: to_numpy(array) for name, array in arrays.items()}
+        return huggingface_form(config, state, str(directory))
     if is_paddlenlp_directory(directory):
         config = _paddlenlp_config(directory)
         return huggingface_form(config, _read_paddlenlp_weights(directory), str(directory))
@@ -410,33 +415,56 @@ def write_directory(
     """
     from safetensors.numpy import save_file
 
-    check_destination(destination, force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        new = aside / "new"
-        new.mkdir()
+    with new_directory(destination, force) as new:
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
         save_file(dict(tensors), str(new / "model.safetensors"), metadata={"format": "pt"})
         for name in TOKENIZER_FILES:
             if tokenizer_source is not None and (tokenizer_source / name).is_file():
                 shutil.copyfile(tokenizer_source / name, new / name)
-        if destination.exists():
-            destination.rename(aside / "old")
-        new.rename(destination)
+
+
+@contextlib.contextmanager
+def new_directory(
+    destination: Path, force: bool, marker: str = "config.json", kind: str = "a model directory"
+) -> Iterator[Path]:
+    """A folder to fill, which becomes `destination` when the block ends without an exception.
+
+    The arguments, and what is raised, are those of :func:`check_destination`.
+    """
+    check_destination(destination, force, marker, kind)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        new, old = aside / "new", aside / "old"
+        new.mkdir()
+        yield new
+        check_destination(destination, force, marker, kind)  # it may have come meanwhile
+        if os.path.lexists(destination):
+            destination.rename(old)
+        try:
+            new.rename(destination)
+        except OSError:
+            if os.path.lexists(old):
+                old.rename(destination)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_destination(destination: Path, force: bool) -> None:
-    """Raises InvalidArgumentError unless `destination` may be written."""
+def check_destination(
+    destination: Path, force: bool, marker: str = "config.json", kind: str = "a model directory"
+) -> None:
+    """Raises InvalidArgumentError unless `destination` may be written.
+
+    Args:
+        force: it may be replaced if it is empty or has the file `marker`.
+        kind: what that makes it, for the message.
+    """
     if not os.path.lexists(destination):
         return
     if not force:
         raise InvalidArgumentError(f"{destination} exists: give --force to replace it")
-    is_model = (destination / "config.json").is_file()
-    if not destination.is_dir() or (not is_model and any(destination.iterdir())):
-        raise InvalidArgumentError(
-            f"{destination} is not a model directory, so --force does not replace it"
-        )
+    is_ours = (destination / marker).is_file()
+    if not destination.is_dir() or (not is_ours and any(destination.iterdir())):
+        raise InvalidArgumentError(f"{destination} is not {kind}, so --force does not replace it")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from fastgen import bench, convert, infer, info
+from fastgen import bench, convert, export_model, infer, info
 from fastgen._exit import run
 
 __all__ = ["group", "main"]
@@ -34,7 +34,13 @@ def group() -> None:
     """GPT-2-family text generation on the CPU."""
 
 
-for _command in (infer.command, convert.command, info.command, bench.command):
+for _command in (
+    infer.command,
+    convert.command,
+    export_model.command,
+    info.command,
+    bench.command,
+):
     group.add_command(_command)
 
 

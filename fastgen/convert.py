@@ -22,6 +22,7 @@ from fastgen._checkpoint import (
     read_safetensors,
     write_directory,
 )
+from fastgen._export import is_export
 from fastgen._paddlenlp import build_paddlenlp, from_paddlenlp, to_paddlenlp
 from fastgen.errors import InvalidArgumentError
 
@@ -65,6 +66,10 @@ def convert(
     directory = models.resolve(source)
     if directory.resolve() == destination.resolve():
         raise InvalidArgumentError(f"{source} cannot be converted into itself")
+    if is_export(directory):
+        raise InvalidArgumentError(
+            f"{source} is an export, which the engine loads as it is: convert what it was made of"
+        )
     check_destination(destination, force)
     report(1, 3)
     config, tensors = load_directory(directory)

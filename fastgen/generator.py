@@ -136,8 +136,8 @@ class Generator:
         """Loads a model.
 
         Args:
-            directory_or_name: a HuggingFace GPT-2 directory, one made by `fastgen convert`, or a
-                name (see :func:`fastgen.models.resolve`).
+            directory_or_name: a HuggingFace GPT-2 directory, one made by `fastgen convert` or
+                `fastgen export`, or a name (see :func:`fastgen.models.resolve`).
             num_threads: None: `$FASTGEN_NUM_THREADS`, else the processors this process may use.
             isa: kernel set, see `fastgen info`; None: `$FASTGEN_ISA`, else the best one.
             device: `"cpu"`.

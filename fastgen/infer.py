@@ -8,22 +8,21 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import numpy as np
 
 from fastgen import convert, models
+from fastgen._cli_options import model_option, option, sampling_options
 from fastgen.errors import InvalidArgumentError, NotFoundError
 from fastgen.generator import GenerationInterrupted, GenerationResult, Generator
-from fastgen.options import DECODE_STRATEGIES, GenerationOptions
+from fastgen.options import GenerationOptions
 from fastgen.tokenizer import Tokenizer, require
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENGINES = ("fastgen", "paddle-op", "paddlenlp")
 
@@ -425,50 +424,28 @@ def versions() -> dict[str, str | None]:
 # ---- Command ---------------------------------------------------------------------------------
 
 
-def _option(*spellings: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option under its spellings and the same with dashes."""
-    names = [f"--{spelling}" for spelling in spellings]
-    dashed = [name for s in spellings if (name := "--" + s.replace("_", "-")) not in names]
-    return click.option(*names, *dashed, spellings[0], **settings)
-
-
 @click.command("infer", context_settings={"show_default": True})
-@_option(
-    "model_name_or_path",
-    default=models.DEFAULT_MODEL,
-    help="A model directory, the model that comes with the package, or one PaddleNLP knows.",
-)
-@_option("prompt", multiple=True, help="Text to continue; may be given more than once.")
-@_option("prompt_file", help="File with one prompt a line; - is standard input.")
-@_option(
+@model_option
+@option("prompt", multiple=True, help="Text to continue; may be given more than once.")
+@option("prompt_file", help="File with one prompt a line; - is standard input.")
+@option(
     "batch_size",
     type=click.IntRange(min=1),
     help="Prompts decoded together; without a prompt, the start token is one so many times.  "
     "[default: all; 1 without a prompt]",
 )
-@_option("topk", "top_k", type=int, default=4, help="Keep the k most probable tokens; 0: off.")
-@_option(
-    "topp", "top_p", type=float, default=0.0, help="Keep the most probable mass p; 0 or 1: off."
-)
-@_option("max_length", "max_out_len", type=int, default=32, help="New tokens at most.")
-@_option("min_length", type=int, default=0, help="New tokens before the end token may come.")
-@_option("start_token", help="Token to start from without a prompt.  [default: the model's]")
-@_option("end_token", help="Token that ends a sequence.  [default: the model's]")
-@_option("temperature", type=float, default=1.0, help="Divides the logits; > 0.")
-@_option(
-    "decode_strategy",
-    type=click.Choice(DECODE_STRATEGIES),
-    default="sampling",
-    help="How tokens are chosen.",
-)
-@_option("repetition_penalty", type=float, default=1.0, help="> 1 repeats less; 1: off.")
-@_option("num_return_sequences", type=int, default=1, help="Sequences for each prompt.")
-@_option("seed", type=int, help="The same seed gives the same text.  [default: drawn, reported]")
-@_option("engine", type=click.Choice(ENGINES), default="fastgen", help="What runs the request.")
-@_option("threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
-@_option("isa", help="Kernel set, see fastgen info.  [default: the best]")
-@_option("use_fp16_decoding", is_flag=True, help="Half precision; not on the CPU.")
-@_option("decoding_lib", help="Built op library for --engine paddle-op.")
+@sampling_options
+@option("min_length", type=int, default=0, help="New tokens before the end token may come.")
+@option("start_token", help="Token to start from without a prompt.  [default: the model's]")
+@option("end_token", help="Token that ends a sequence.  [default: the model's]")
+@option("repetition_penalty", type=float, default=1.0, help="> 1 repeats less; 1: off.")
+@option("num_return_sequences", type=int, default=1, help="Sequences for each prompt.")
+@option("seed", type=int, help="The same seed gives the same text.  [default: drawn, reported]")
+@option("engine", type=click.Choice(ENGINES), default="fastgen", help="What runs the request.")
+@option("threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
+@option("isa", help="Kernel set, see fastgen info.  [default: the best]")
+@option("use_fp16_decoding", is_flag=True, help="Half precision; not on the CPU.")
+@option("decoding_lib", help="Built op library for --engine paddle-op.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
     model_name_or_path: str,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgen import _export
 from fastgen.errors import InvalidArgumentError, ModelFileError
 
 __all__ = ["TOKENIZER_FILES", "TextStream", "Tokenizer"]
@@ -21,6 +22,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.model",
 )
+
+VOCABULARY = "vocab.txt"
 
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
@@ -43,7 +46,8 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> Tokenizer | None:
         """The tokenizer of a model directory; None if it has no files that we can read.
 
-        `tokenizer.json` is taken first, else `vocab.json` with `merges.txt` (byte-level BPE).
+        `tokenizer.json` is taken first, else `vocab.json` or `vocab.txt` (one token a line) with
+        `merges.txt` (byte-level BPE).
 
         Raises:
             ModelFileError: the files are there but are not what they should be.
@@ -57,10 +61,65 @@ class Tokenizer:
             path = directory / "vocab.json"
             merges = directory / "merges.txt"
             if path.is_file() and merges.is_file():
-                return cls(_byte_level_bpe(path, merges, _special_tokens(directory)), path)
+                backend = tokenizers.Tokenizer(
+                    tokenizers.models.BPE.from_file(str(path), str(merges))
+                )
+                return cls(_byte_level(backend, _special_tokens(directory)), path)
+            path = directory / VOCABULARY
+            if path.is_file() and merges.is_file():
+                tokens = _special_tokens(directory)
+                if _export.is_export(directory):
+                    tokens = _export.special_tokens(directory)
+                return cls(_byte_level(_read_vocabulary(path, merges), tokens), path)
+        except ModelFileError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise ModelFileError(f"{path} is not a tokenizer: {error}") from error
         return None
+
+    def write_vocabulary(self, folder: Path, vocab_size: int) -> list[str]:
+        """Writes `vocab.txt` and `merges.txt`: byte-level BPE as its tokens and merges alone.
+
+        Line i of `vocab.txt` is token i in byte-level form. An empty line is an id without a token;
+        ids from the number of lines to `vocab_size` have none either.
+
+        Returns:
+            The special tokens.
+
+        Raises:
+            ModelFileError: the tokenizer does more than these files can say, or has an id that the
+                model does not have.
+        """
+        parts = json.loads(self._backend.to_str())
+        _check_plain(parts, self.source)
+        vocabulary: dict[str, int] = dict(parts["model"]["vocab"])
+        for added in parts["added_tokens"]:
+            vocabulary[added["content"]] = added["id"]
+        merges = [
+            merge if isinstance(merge, str) else " ".join(merge)
+            for merge in parts["model"]["merges"]
+        ]
+        lines = [""] * (max(vocabulary.values(), default=-1) + 1)
+        if len(lines) > vocab_size:
+            raise ModelFileError(
+                f"{self.source}: the tokenizer has the id {len(lines) - 1}: the model's embedding "
+                f"ends at {vocab_size - 1}"
+            )
+        for token, token_id in vocabulary.items():
+            lines[token_id] = token
+        _write_lines(folder / VOCABULARY, lines)
+        _write_lines(folder / "merges.txt", ["#version: 0.2", *merges])
+        special = [added["content"] for added in parts["added_tokens"]]
+        written = _byte_level(_read_vocabulary(folder / VOCABULARY, folder / "merges.txt"), special)
+        copy = json.loads(written.to_str())
+        if (
+            written.get_vocab(with_added_tokens=True) != vocabulary
+            or [m if isinstance(m, str) else " ".join(m) for m in copy["model"]["merges"]] != merges
+        ):
+            raise ModelFileError(
+                f"{self.source}: {VOCABULARY} and merges.txt cannot hold this tokenizer"
+            )
+        return special
 
     @property
     def vocab_size(self) -> int:
@@ -132,8 +191,8 @@ def missing_tokenizer_message(directory: Path) -> str:
             "with the model's own tokenizer and give the token ids as the prompt"
         )
     return (
-        f"{directory} has no tokenizer (tokenizer.json, or vocab.json with merges.txt): give token "
-        "ids as the prompt, or put the tokenizer's files there"
+        f"{directory} has no tokenizer (tokenizer.json, or merges.txt with vocab.json or "
+        "vocab.txt): give token ids as the prompt, or put the tokenizer's files there"
     )
 
 
@@ -161,13 +220,77 @@ def _special_tokens(directory: Path) -> list[str]:
     return sorted(tokens)
 
 
-def _byte_level_bpe(vocab: Path, merges: Path, special_tokens: list[str]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _byte_level(backend: Any, special_tokens: list[str]) -> Any:
+    """A `tokenizers.Tokenizer` around a BPE model, as GPT-2 has it."""
+    from tokenizers import AddedToken, decoders, pre_tokenizers
 
-    backend = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     # Only those of the vocabulary: adding others would make up ids that the model does not have.
     known = [token for token in special_tokens if backend.token_to_id(token) is not None]
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in known])
     return backend
+
+
+# ---- vocab.txt and merges.txt ------------------------------------------------------------------
+
+
+def _check_plain(parts: dict[str, Any], source: Path) -> None:
+    """Raises ModelFileError unless a tokenizer (as JSON) is GPT-2's byte-level BPE."""
+    model = parts["model"]
+    pre_tokenizer = parts.get("pre_tokenizer") or {}
+    decoder = parts.get("decoder") or {}
+    odd = None
+    if model.get("type") != "BPE":
+        odd = f"its model is {model.get('type')}"
+    elif pre_tokenizer.get("type") != "ByteLevel" or decoder.get("type") != "ByteLevel":
+        odd = "its pre_tokenizer and decoder are not ByteLevel"
+    elif pre_tokenizer.get("add_prefix_space") or not pre_tokenizer.get("use_regex", True):
+        odd = "its pre_tokenizer does not split as GPT-2's does"
+    elif parts.get("normalizer"):
+        odd = f"it has the normalizer {parts['normalizer'].get('type')}"
+    for name in (
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+        "ignore_merges",
+    ):  # fmt: skip
+        # tokenizers writes "" for what is not there in some files of GPT-2.
+        if model.get(name) and not (name == "unk_token" and model[name] in model["vocab"]):
+            odd = f"its model has {name}"
+    for added in parts["added_tokens"]:
+        if not added["special"]:
+            odd = f"its added token {added['content']!r} is not special"
+        elif added["lstrip"] or added["rstrip"] or added["single_word"]:
+            odd = f"its special token {added['content']!r} takes the space around it"
+    for token in (*model.get("vocab", ()), *(added["content"] for added in parts["added_tokens"])):
+        if not token or "\n" in token or "\r" in token:
+            odd = f"its token {token!r} does not fit in a line"
+    if odd is not None:
+        raise ModelFileError(
+            f"{source}: {VOCABULARY} and merges.txt cannot hold this tokenizer, because {odd}"
+        )
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+
+def _read_lines(path: Path) -> list[str]:
+    # Not splitlines(), which also splits at characters that tokens may have.
+    text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    return text.removesuffix("\n").split("\n")
+
+
+def _read_vocabulary(vocab: Path, merges: Path) -> Any:
+    from tokenizers import Tokenizer, models
+
+    ids = {token: i for i, token in enumerate(_read_lines(vocab)) if token}
+    lines = _read_lines(merges)
+    if lines[:1] and lines[0].startswith("#version"):
+        del lines[0]
+    pairs: list[tuple[str, str]] = []
+    for line in filter(None, lines):
+        first, _, second = line.partition(" ")
+        if not (first and second) or " " in second:
+            raise ModelFileError(f"{merges}: the line {line!r} is not a pair of tokens")
+        pairs.append((first, second))
+    return Tokenizer(models.BPE(vocab=ids, merges=pairs))

@@ -1,6 +1,7 @@
 #include "engine/config.h"
 
 #include <initializer_list>
+#include <limits>
 
 #include "base/error.h"
 #include "io/json.h"
@@ -190,10 +191,8 @@ class HuggingFaceReader {
   Checker check_;
 };
 
-}  // namespace
-
-void CheckConfig(const ModelConfig& config, const std::string& where) {
-  const Checker check{where, FASTGEN_INVALID_ARGUMENT};
+// What the engine can run, whoever describes it.
+void CheckMembers(const ModelConfig& config, const Checker& check) {
   check.Size("vocab_size", config.vocab_size, kMaxVocabSize);
   check.Size("max_positions", config.max_positions, kMaxPositions);
   check.Size("hidden_size", config.hidden_size, kMaxHiddenSize);
@@ -207,10 +206,50 @@ void CheckConfig(const ModelConfig& config, const std::string& where) {
   check.Token("pad_token_id", config.pad_token_id, config.vocab_size);
 }
 
+}  // namespace
+
+void CheckConfig(const ModelConfig& config, const std::string& where) {
+  CheckMembers(config, Checker{where, FASTGEN_INVALID_ARGUMENT});
+}
+
 ModelConfig ReadHuggingFaceConfig(const std::string& path) {
   const std::string text = io::ReadTextFile(path, kMaxConfigBytes);
   const Json json = io::ParseJson(text.data(), text.size(), path);
   return HuggingFaceReader(json, path).Read();
+}
+
+ModelConfig ReadExportConfig(const Json& json, const std::string& path) {
+  const Checker check{path, FASTGEN_BAD_FILE};
+  const auto integer = [&](const char* key) {
+    const Json* value = json.Find(key);
+    if (value == nullptr || !value->is_integer() ||
+        value->integer() > std::numeric_limits<int32_t>::max() ||
+        value->integer() < std::numeric_limits<int32_t>::min()) {
+      check.Fail(std::string(key) + " of config is " +
+                 (value == nullptr ? "missing" : value->Describe()) +
+                 ", it must be an integer of 32 bits");
+    }
+    return static_cast<int32_t>(value->integer());
+  };
+  ModelConfig config;
+  config.vocab_size = integer("vocab_size");
+  config.max_positions = integer("max_positions");
+  config.hidden_size = integer("hidden_size");
+  config.num_layers = integer("num_layers");
+  config.num_heads = integer("num_heads");
+  config.intermediate_size = integer("intermediate_size");
+  config.bos_token_id = integer("bos_token_id");
+  config.eos_token_id = integer("eos_token_id");
+  config.pad_token_id = integer("pad_token_id");
+  const Json* eps = json.Find("layer_norm_eps");
+  if (eps == nullptr || !eps->is_number()) {
+    check.Fail(std::string("layer_norm_eps of config is ") +
+               (eps == nullptr ? "missing" : eps->Describe()) + ", it must be a number");
+  }
+  check.Epsilon("layer_norm_eps", eps->number());
+  config.layer_norm_eps = static_cast<float>(eps->number());
+  CheckMembers(config, check);
+  return config;
 }
 
 }  // namespace fastgen::engine

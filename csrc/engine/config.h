@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "io/json.h"
+
 namespace fastgen::engine {
 
 // Which matrix turns the last hidden state into logits.
@@ -37,5 +39,9 @@ void CheckConfig(const ModelConfig& config, const std::string& where);
 // Error(kNotFound), or Error(kBadFile) for anything that is not a GPT-2 (another model_type,
 // another activation, missing or absurd sizes); what it returns passes CheckConfig().
 ModelConfig ReadHuggingFaceConfig(const std::string& path);
+
+// Reads the member `config` of an export's fastgen.json, whose names are those of ModelConfig;
+// `path` is that file, for messages. Throws Error(kBadFile); what it returns passes CheckConfig().
+ModelConfig ReadExportConfig(const io::Json& config, const std::string& path);
 
 }  // namespace fastgen::engine

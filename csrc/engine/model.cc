@@ -3,10 +3,12 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 
 #include "base/error.h"
 #include "engine/request.h"
 #include "engine/weights.h"
+#include "io/export.h"
 #include "io/safetensors.h"
 
 namespace fastgen::engine {
@@ -14,7 +16,8 @@ namespace {
 
 bool Exists(const std::string& path) {
   struct stat status;
-  return stat(path.c_str(), &status) == 0;
+  // Anything but "there is no such file" (a symlink loop, no permission) is for the opening to say.
+  return stat(path.c_str(), &status) == 0 || errno != ENOENT;
 }
 
 void CheckDirectory(const std::string& directory) {
@@ -25,13 +28,22 @@ void CheckDirectory(const std::string& directory) {
   if (!S_ISDIR(status.st_mode)) {
     throw base::Error(FASTGEN_NOT_FOUND, "'" + directory +
                                              "' is not a directory; a model is a directory with "
-                                             "config.json and model.safetensors");
+                                             "config.json and model.safetensors, or an export");
   }
+}
+
+// Files of other programs, for which there is a word of advice.
+void CheckLayout(const std::string& directory) {
   if (Exists(directory + "/model_state.pdparams") && !Exists(directory + "/model.safetensors") &&
       !Exists(directory + "/model.safetensors.index.json")) {
     throw base::Error(FASTGEN_NOT_FOUND, "model directory '" + directory +
                                              "' has model_state.pdparams and no model.safetensors; "
                                              "`fastgen convert` makes one of the other");
+  }
+  if (Exists(directory + "/" + io::kParametersName) && !Exists(directory + "/config.json")) {
+    throw base::Error(FASTGEN_NOT_FOUND, "model directory '" + directory + "' has " +
+                                             io::kParametersName + " and no " + io::kManifestName +
+                                             "; `fastgen export` writes both");
   }
 }
 
@@ -53,6 +65,14 @@ class OpenSlot {
 
 std::shared_ptr<Model> Model::Load(const std::string& directory, const DeviceOptions& options) {
   CheckDirectory(directory);
+  if (Exists(directory + "/" + io::kManifestName)) {
+    const io::ExportManifest manifest = io::ReadExportManifest(directory);
+    const ModelConfig config = ReadExportConfig(manifest.config, manifest.path);
+    const std::unique_ptr<io::TensorSource> tensors = io::OpenExport(directory, manifest);
+    WeightSource weights(config, *tensors, directory);
+    return std::make_shared<Model>(config, MakeDevice(config, weights, options));
+  }
+  CheckLayout(directory);
   const ModelConfig config = ReadHuggingFaceConfig(directory + "/config.json");
   const std::unique_ptr<io::TensorSource> tensors = io::OpenCheckpoint(directory);
   WeightSource weights(config, *tensors, directory);

@@ -19,8 +19,8 @@ class Model {
   Model(const ModelConfig& config, std::unique_ptr<Device> device)
       : config_(config), device_(std::move(device)) {}
 
-  // Reads a HuggingFace GPT-2 directory. Throws base::Error: kNotFound, kBadFile, kUnsupported,
-  // kOutOfMemory.
+  // Reads an exported directory (one with a fastgen.json) or a HuggingFace GPT-2 directory. Throws
+  // base::Error: kNotFound, kBadFile, kUnsupported, kOutOfMemory.
   static std::shared_ptr<Model> Load(const std::string& directory, const DeviceOptions& options);
 
   // Packs tensors in memory, which are not needed afterwards.

@@ -124,7 +124,17 @@ std::shared_ptr<fastgen_model> Build(const fastgen_config& config,
   return std::shared_ptr<fastgen_model>(model, fastgen_model_free);
 }
 
+bool IsUnknown(const Weight& weight) {
+  const std::weak_ptr<void> unknown = UnknownMemory();
+  return !weight.memory.owner_before(unknown) && !unknown.owner_before(weight.memory);
+}
+
 }  // namespace
+
+std::weak_ptr<void> UnknownMemory() {
+  static const auto* const never_freed = new std::shared_ptr<void>(std::make_shared<char>());
+  return *never_freed;
+}
 
 void CheckStatus(fastgen_status status) {
   if (status != FASTGEN_OK) throw StatusError(status, fastgen_last_error());
@@ -147,6 +157,7 @@ std::shared_ptr<fastgen_model> EngineCache::Get(const fastgen_config& config,
     const bool current = check == WeightCheck::kContent ? entry->checksum == checksum
                                                         : SameVersions(entry->weights, weights);
     if (!current) return nullptr;
+    entry->used = ++calls_;
     entry->weights = weights;
     entry->owners.insert(owner);
     if (owner != 0) Disown(owner, entry, garbage);
@@ -177,9 +188,12 @@ std::shared_ptr<fastgen_model> EngineCache::Get(const fastgen_config& config,
   entry->owners.insert(owner);
   entry->model = Build(config, weights);
   auto model = entry->model;
+  Garbage garbage;
   std::lock_guard<std::mutex> lock(mutex_);
+  entry->used = ++calls_;
   entries_.push_back(std::move(entry));
   ++built_;
+  EraseOldestUnknown(&garbage);
   return model;
 }
 
@@ -230,6 +244,17 @@ EngineCache::Entry* EngineCache::Find(const fastgen_config& config,
     }
   }
   return nullptr;
+}
+
+void EngineCache::EraseOldestUnknown(Garbage* garbage) {
+  const Entry* oldest = nullptr;
+  size_t count = 0;
+  for (const auto& entry : entries_) {
+    if (!std::any_of(entry->weights.begin(), entry->weights.end(), IsUnknown)) continue;
+    ++count;
+    if (oldest == nullptr || entry->used < oldest->used) oldest = entry.get();
+  }
+  if (count > kMaxUnknown) Erase(oldest, garbage);
 }
 
 void EngineCache::Erase(const Entry* entry, Garbage* garbage) {

@@ -41,6 +41,9 @@ struct Weight {
   uint32_t version = 0;        // the framework's count of in-place changes
 };
 
+// The memory of a weight whose end cannot be observed.
+std::weak_ptr<void> UnknownMemory();
+
 // How a call finds out that weights were changed in place.
 enum class WeightCheck {
   kContent,   // by a checksum over all bytes: optimizers and Tensor.set_value() count nothing
@@ -50,12 +53,15 @@ enum class WeightCheck {
 // Thread-safe. Locks are never held while the interpreter's lock is being acquired.
 class EngineCache {
  public:
+  static constexpr size_t kMaxUnknown = 4;
+
   // The process's cache. Never destroyed: calls may come until the very end of a process.
   static EngineCache& Instance();
 
   // The engine for these weights, built if there is none or if the weights have changed. `owner`
   // names the caller's object, whose engine lives until Release(); 0 is nobody, then the engine
-  // lives as long as its weights. An owner has one engine at a time.
+  // lives as long as its weights. An owner has one engine at a time. Of engines whose weights'
+  // memory is unknown, the kMaxUnknown used last are kept.
   std::shared_ptr<fastgen_model> Get(const fastgen_config& config,
                                      const std::vector<Weight>& weights, WeightCheck check,
                                      int64_t owner);
@@ -75,6 +81,7 @@ class EngineCache {
     uint64_t checksum = 0;
     std::set<int64_t> owners;
     std::shared_ptr<fastgen_model> model;
+    uint64_t used = 0;  // the call that used it last
   };
 
   // All of these need mutex_ and move what is to be freed to `garbage`, to be freed without it.
@@ -83,11 +90,13 @@ class EngineCache {
   void Disown(int64_t owner, const Entry* except, Garbage* garbage);
   Entry* Find(const fastgen_config& config, const std::vector<Weight>& weights);
   void Erase(const Entry* entry, Garbage* garbage);
+  void EraseOldestUnknown(Garbage* garbage);
 
   std::mutex mutex_;        // guards what follows; held for moments only
   std::mutex build_mutex_;  // one engine is built at a time; taken before mutex_
   std::vector<std::unique_ptr<Entry>> entries_;
   uint64_t built_ = 0;
+  uint64_t calls_ = 0;
 };
 
 }  // namespace fastgen::paddle

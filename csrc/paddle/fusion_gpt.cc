@@ -28,9 +28,16 @@
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/api/include/tensor.h"
-#include "paddle/phi/core/dense_tensor.h"
 #include "paddle/phi/core/enforce.h"
 #include "python_interpreter.h"
+
+// Paddle's C++ inference package does not have this header.
+#if __has_include("paddle/phi/core/dense_tensor.h")
+#include "paddle/phi/core/dense_tensor.h"
+#define FASTGEN_HAS_DENSE_TENSOR 1
+#else
+#define FASTGEN_HAS_DENSE_TENSOR 0
+#endif
 
 #if !defined(FASTGEN_PADDLE_BUILD)
 // Paddle's headers name neither their version nor their commit.
@@ -125,12 +132,21 @@ int32_t ToInt32(int64_t value, const char* name) {
   return static_cast<int32_t>(value);
 }
 
+#if FASTGEN_HAS_DENSE_TENSOR
 // The memory of a tensor. Paddle 2.6 installs no header with an accessor for it.
 struct DenseTensorMemory : phi::DenseTensor {
   static const std::shared_ptr<phi::Allocation>& Of(const phi::DenseTensor& tensor) {
     return tensor.*(&DenseTensorMemory::holder_);
   }
 };
+
+std::weak_ptr<void> MemoryOf(const Tensor& tensor) {
+  return DenseTensorMemory::Of(*static_cast<const phi::DenseTensor*>(tensor.impl().get()));
+}
+#else
+// Nobody tells when the memory goes: see EngineCache::Get() about such weights.
+std::weak_ptr<void> MemoryOf(const Tensor&) { return UnknownMemory(); }
+#endif
 
 Weight DescribeWeight(const Tensor& tensor, const std::string& name) {
   if (!tensor.initialized() || !tensor.is_dense_tensor()) {
@@ -150,7 +166,7 @@ Weight DescribeWeight(const Tensor& tensor, const std::string& name) {
              ": it must be float32, float16 or bfloat16");
   }
   weight.bytes = static_cast<size_t>(tensor.numel()) * (weight.dtype == FASTGEN_FLOAT32 ? 4u : 2u);
-  weight.memory = DenseTensorMemory::Of(*static_cast<const phi::DenseTensor*>(tensor.impl().get()));
+  weight.memory = MemoryOf(tensor);
   weight.version = const_cast<Tensor&>(tensor).current_inplace_version();
   return weight;
 }

@@ -131,7 +131,8 @@ FASTGEN_API void fastgen_model_options_init(fastgen_model_options* options);
 
 /**
  * Loads a model directory: HuggingFace GPT-2 (`config.json`, `model.safetensors`), which is also
- * what `fastgen convert` writes. The file is mapped, packed and unmapped: afterwards there is one
+ * what `fastgen convert` writes, or an export (`fastgen.json`, `gpt.pdiparams`), which is what
+ * `fastgen export` writes. The file is mapped, packed and unmapped: afterwards there is one
  * copy of the weights in memory and the files may be removed.
  * @param options may be NULL for the defaults
  * @param[out] model to be given to fastgen_model_free()
