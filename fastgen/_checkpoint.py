@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise NotFoundError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} is not a JSON object")
