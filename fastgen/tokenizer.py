@@ -210,7 +210,12 @@ def _special_tokens(directory: Path) -> list[str]:
         path = directory / name
         if not path.is_file():
             continue
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ModelFileError(f"{path} is not a JSON object")
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = values.get(key)
             if isinstance(value, dict):

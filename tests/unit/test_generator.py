@@ -288,6 +288,10 @@ def test_vocab_and_merges_are_a_tokenizer(tiny: Any, make_model: Callable[..., A
             ids = whole.tokenizer.encode(text)
             assert split.tokenizer.encode(text) == ids
             assert split.tokenizer.decode(ids) == whole.tokenizer.decode(ids)
+    for text in ('{"eos_token": ', "[" * 100_000, "[]"):
+        (model.directory / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json is not (a )?JSON"):
+            Generator.from_pretrained(model.directory)
 
 
 def test_without_a_tokenizer_ids_work(bare: Any) -> None:
