@@ -299,7 +299,7 @@ def test_without_a_tokenizer_ids_work(bare: Any) -> None:
         result = generator.generate(PROMPTS, max_length=4)
         assert result.texts is None
         assert [len(tokens) for tokens in result.token_ids] == [4] * 4
-        with pytest.raises(ValueError, match=r"bare has no tokenizer \(tokenizer.json, or vocab"):
+        with pytest.raises(ValueError, match=r"bare has no tokenizer \(tokenizer.json, or merges"):
             generator.generate("text")
         with pytest.raises(ValueError, match=r"has no tokenizer"):
             generator.stream([1, 2])
