@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastgen import _export
+from fastgen._json import read_json
 from fastgen.errors import (
     InvalidArgumentError,
     ModelFileError,
@@ -97,24 +98,6 @@ def import_paddlenlp() -> Any:
             "pip install 'fastgen[paddle]'"
         ) from error
     return paddlenlp.transformers
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        NotFoundError: it cannot be read.
-        ModelFileError: it is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotFoundError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path} is not a JSON object")
-    return value
 
 
 def read_safetensors(path: Path) -> Tensors:

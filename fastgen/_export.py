@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen._json import read_json
 from fastgen.errors import ModelFileError, NotFoundError
 
 __all__ = [
@@ -201,13 +202,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ModelFileError: it is not the description of an export.
     """
     path = directory / MANIFEST
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotFoundError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    document = read_json(path)
+    if document.get("format") != FORMAT:
         raise ModelFileError(f"{path} is no description of an export")
     if document.get("format_version") != FORMAT_VERSION:
         raise ModelFileError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import _export
+from fastgen._json import read_json
 from fastgen.errors import InvalidArgumentError, ModelFileError
 
 __all__ = ["TOKENIZER_FILES", "TextStream", "Tokenizer"]
@@ -210,12 +211,7 @@ def _special_tokens(directory: Path) -> list[str]:
         path = directory / name
         if not path.is_file():
             continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ModelFileError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ModelFileError(f"{path} is not a JSON object")
+        values = read_json(path)
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = values.get(key)
             if isinstance(value, dict):

@@ -1,7 +1,7 @@
 #include "engine/packed_weights.h"
 
-#include <functional>
-#include <memory>
+#include <algorithm>
+#include <mutex>
 
 #include "cpu/kernels.h"
 
@@ -13,11 +13,10 @@ namespace {
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Called by every packing loop on whatever thread; a source that throws (it checks its shapes
-// before, so it should not) must not take a worker down.
+// A stored matrix and the first column that it takes in the packed one.
 struct ColumnsOf {
   Matrix which;
-  int64_t begin;  // first column in the packed matrix
+  int64_t begin;
 };
 
 }  // namespace

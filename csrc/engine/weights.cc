@@ -364,19 +364,4 @@ void WeightSource::ReleaseEnds() {
   }
 }
 
-void WeightSource::ReleaseRows(const io::TensorView& table, int64_t begin, int64_t end) {
-  CheckRange(begin, end, table.shape[0]);
-  const uint64_t row_bytes = static_cast<uint64_t>(table.shape[1]) * io::DTypeSize(table.dtype);
-  source_.ReleaseBytes(table, static_cast<uint64_t>(begin) * row_bytes,
-                       static_cast<uint64_t>(end) * row_bytes);
-}
-
-void WeightSource::ReleaseEmbeddingRows(int64_t begin, int64_t end) {
-  ReleaseRows(*embedding_, begin, end);
-}
-
-void WeightSource::ReleaseHeadRows(int64_t begin, int64_t end) {
-  ReleaseRows(head_ != nullptr ? *head_ : *embedding_, begin, end);
-}
-
 }  // namespace fastgen::engine

@@ -61,10 +61,6 @@ class WeightSource {
   // Everything that belongs to a layer / to the ends of the network has been packed.
   void ReleaseLayer(int32_t layer);
   void ReleaseEnds();
-  // The same for some rows. The embedding may be the largest tensor by far: whoever releases it
-  // while packing never holds it twice.
-  void ReleaseEmbeddingRows(int64_t begin, int64_t end);
-  void ReleaseHeadRows(int64_t begin, int64_t end);
 
  private:
   // Where one role lies in a stored tensor [in, stored columns] (or [stored columns]), which q, k
@@ -87,7 +83,6 @@ class WeightSource {
   static void ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
                        int64_t ld);
   static void ReadRows(const io::TensorView& table, int64_t begin, int64_t end, float* out);
-  void ReleaseRows(const io::TensorView& table, int64_t begin, int64_t end);
   bool HeadEqualsEmbedding();
 
   io::TensorSource& source_;

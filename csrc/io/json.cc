@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "base/utf8.h"
 
 namespace fastgen::io {
 
@@ -211,17 +212,6 @@ class Parser {
     return value;
   }
 
-  static void AppendUtf8(uint32_t code, std::string* out) {
-    if (code < 0x80) {
-      out->push_back(static_cast<char>(code));
-      return;
-    }
-    int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    static const uint32_t kLead[] = {0, 0xc0, 0xe0, 0xf0};
-    out->push_back(static_cast<char>(kLead[tail] | (code >> (6 * tail))));
-    while (tail-- > 0) out->push_back(static_cast<char>(0x80 | ((code >> (6 * tail)) & 0x3f)));
-  }
-
   void Escape(std::string* out) {
     const char c = Peek();
     ++position_;
@@ -246,7 +236,7 @@ class Parser {
           if (low < 0xdc00 || low > 0xdfff) Fail("a high surrogate without its low surrogate");
           code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
         }
-        AppendUtf8(code, out);
+        base::AppendUtf8(code, out);
         return;
       }
       default: --position_; Fail("an unknown escape sequence");
@@ -255,28 +245,10 @@ class Parser {
 
   // Copies one character of more than a byte, refusing overlong forms, surrogates and the like.
   void MultiByte(std::string* out) {
-    const auto byte = [this](size_t i) { return static_cast<unsigned char>(text_[position_ + i]); };
-    const unsigned char lead = byte(0);
-    size_t length = 0;
-    uint32_t code = 0;
-    uint32_t smallest = 0;
-    if ((lead & 0xe0) == 0xc0) {
-      length = 2, code = lead & 0x1fu, smallest = 0x80;
-    } else if ((lead & 0xf0) == 0xe0) {
-      length = 3, code = lead & 0x0fu, smallest = 0x800;
-    } else if ((lead & 0xf8) == 0xf0) {
-      length = 4, code = lead & 0x07u, smallest = 0x10000;
-    }
-    if (length == 0 || size_ - position_ < length) Fail("a string is not valid UTF-8");
-    for (size_t i = 1; i < length; ++i) {
-      if ((byte(i) & 0xc0) != 0x80) Fail("a string is not valid UTF-8");
-      code = (code << 6) | (byte(i) & 0x3fu);
-    }
-    if (code < smallest || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff)) {
-      Fail("a string is not valid UTF-8");
-    }
-    out->append(text_ + position_, length);
-    position_ += length;
+    const base::Utf8Unit unit = base::ReadUtf8(text_ + position_, text_ + size_);
+    if (unit.state != base::Utf8State::kValid) Fail("a string is not valid UTF-8");
+    out->append(text_ + position_, unit.size);
+    position_ += unit.size;
   }
 
   std::string String() {

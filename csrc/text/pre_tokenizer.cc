@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <iterator>
 
+#include "base/utf8.h"
 #include "text/unicode_tables.h"
-#include "text/utf8.h"
 
 namespace fastgen::text {
 namespace {
@@ -34,8 +34,8 @@ struct Char {
 Char CharAt(const char* p, const char* end) {
   const unsigned char byte = static_cast<unsigned char>(*p);
   if (byte < 0x80) return {kTable[byte], 1};
-  const Utf8Unit unit = ReadUtf8(p, end);
-  if (unit.state != Utf8State::kValid) return {CharClass::kOther, unit.size};
+  const base::Utf8Unit unit = base::ReadUtf8(p, end);
+  if (unit.state != base::Utf8State::kValid) return {CharClass::kOther, unit.size};
   return {ClassOf(unit.code), unit.size};
 }
 

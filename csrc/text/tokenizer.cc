@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "text/pre_tokenizer.h"
-#include "text/utf8.h"
 
 namespace fastgen::text {
 
@@ -112,7 +112,7 @@ std::string Tokenizer::Decode(const int32_t* ids, size_t count, bool skip_specia
   for (size_t i = 0; i < count; ++i) AppendBytes(ids[i], !skip_special, &bytes);
   std::string text;
   text.reserve(bytes.size());
-  AppendLossy(bytes.data(), bytes.data() + bytes.size(), false, &text);
+  base::AppendLossy(bytes.data(), bytes.data() + bytes.size(), false, &text);
   return text;
 }
 
@@ -120,14 +120,14 @@ std::string TextStream::Push(const int32_t* ids, size_t count) {
   std::string bytes = pending_;
   for (size_t i = 0; i < count; ++i) tokenizer_->AppendBytes(ids[i], !skip_special_, &bytes);
   std::string text;
-  const size_t done = AppendLossy(bytes.data(), bytes.data() + bytes.size(), true, &text);
+  const size_t done = base::AppendLossy(bytes.data(), bytes.data() + bytes.size(), true, &text);
   pending_ = bytes.substr(done);
   return text;
 }
 
 std::string TextStream::Flush() {
   std::string text;
-  AppendLossy(pending_.data(), pending_.data() + pending_.size(), false, &text);
+  base::AppendLossy(pending_.data(), pending_.data() + pending_.size(), false, &text);
   pending_.clear();
   return text;
 }

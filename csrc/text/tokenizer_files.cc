@@ -9,9 +9,9 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "io/json.h"
 #include "io/mapped_file.h"
-#include "text/utf8.h"
 
 namespace fastgen::text {
 namespace {
@@ -38,8 +38,8 @@ bool Exists(const std::string& path) {
 void CheckUtf8(const std::string& line, size_t number, const std::string& path) {
   const char* end = line.data() + line.size();
   for (const char* p = line.data(); p != end;) {
-    const Utf8Unit unit = ReadUtf8(p, end);
-    if (unit.state != Utf8State::kValid) {
+    const base::Utf8Unit unit = base::ReadUtf8(p, end);
+    if (unit.state != base::Utf8State::kValid) {
       Bad(path, "line " + std::to_string(number) + ", " + base::Quote(line) + ", is not UTF-8");
     }
     p += unit.size;

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 namespace fastgen::text {
 namespace {
@@ -31,8 +31,9 @@ class Alphabet {
     std::string result;
     const char* end = text.data() + text.size();
     for (const char* p = text.data(); p != end;) {
-      const Utf8Unit unit = ReadUtf8(p, end);
-      if (unit.state != Utf8State::kValid || unit.code >= bytes_.size() || bytes_[unit.code] < 0) {
+      const base::Utf8Unit unit = base::ReadUtf8(p, end);
+      if (unit.state != base::Utf8State::kValid || unit.code >= bytes_.size() ||
+          bytes_[unit.code] < 0) {
         return text;
       }
       result.push_back(static_cast<char>(bytes_[unit.code]));
@@ -85,7 +86,7 @@ Vocabulary::Vocabulary(std::vector<Token> tokens, const std::string& where)
   }
   for (size_t byte = 0; byte < 256; ++byte) {
     std::string text;
-    AppendUtf8(ByteAlphabet().code(byte), &text);
+    base::AppendUtf8(ByteAlphabet().code(byte), &text);
     byte_tokens_[byte] = Find(text);
   }
 }

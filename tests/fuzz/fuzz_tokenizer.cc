@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "text/tokenizer.h"
-#include "text/utf8.h"
 
 namespace {
 
@@ -68,15 +68,15 @@ void UseText(const std::shared_ptr<const text::Tokenizer>& tokenizer, const std:
       pieces += stream.Push(&id, 1);
       // Never half a character: what is out is valid UTF-8.
       std::string valid;
-      Require(text::AppendLossy(pieces.data(), pieces.data() + pieces.size(), true, &valid) ==
-              pieces.size());
+      Require(fastgen::base::AppendLossy(pieces.data(), pieces.data() + pieces.size(), true,
+                                         &valid) == pieces.size());
       Require(valid == pieces);
     }
     pieces += stream.Flush();
     Require(pieces == whole);
     if (has_added || skip) continue;
     std::string lossy;
-    text::AppendLossy(input.data(), input.data() + input.size(), false, &lossy);
+    fastgen::base::AppendLossy(input.data(), input.data() + input.size(), false, &lossy);
     Require(whole == lossy);
   }
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-namespace fastgen::text {
+namespace fastgen::base {
 
 enum class Utf8State {
   kValid,    // a code point
@@ -30,4 +30,4 @@ void AppendUtf8(uint32_t code, std::string* out);
 // cuts off if `hold_cut`. Returns how many bytes of the text it has dealt with.
 size_t AppendLossy(const char* begin, const char* end, bool hold_cut, std::string* out);
 
-}  // namespace fastgen::text
+}  // namespace fastgen::base

@@ -1,6 +1,6 @@
-#include "text/utf8.h"
+#include "base/utf8.h"
 
-namespace fastgen::text {
+namespace fastgen::base {
 
 Utf8Unit ReadUtf8(const char* begin, const char* end) {
   const auto byte = [begin](size_t i) { return static_cast<unsigned char>(begin[i]); };
@@ -60,4 +60,4 @@ size_t AppendLossy(const char* begin, const char* end, bool hold_cut, std::strin
   return static_cast<size_t>(p - begin);
 }
 
-}  // namespace fastgen::text
+}  // namespace fastgen::base
