@@ -28,6 +28,6 @@ done
 where=".venv/fuzz/$target"
 mkdir -p "$where/corpus"
 "$clang" -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined \
-  -fno-sanitize-recover=all -Icsrc -Icsrc/include "$source" csrc/io/*.cc csrc/text/*.cc -o "$where/fuzz"
+  -fno-sanitize-recover=all -Icsrc -Icsrc/include "$source" csrc/base/*.cc csrc/io/*.cc csrc/text/*.cc -o "$where/fuzz"
 exec "$where/fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=1024 \
   -print_final_stats=1 -artifact_prefix="$where/" "$where/corpus" "tests/fuzz/corpus/$target"

@@ -125,6 +125,7 @@ if(ON_INFER)
     csrc/apps/gpt_paddle.cc
     csrc/apps/paddle_program.cc
     csrc/apps/paddle_program_${paddle_headers}.cc
+    csrc/base/utf8.cc
     csrc/engine/config.cc
     csrc/io/export.cc
     csrc/io/json.cc
