@@ -104,6 +104,7 @@ int32_t CpuDevice::Open(const SequenceSpec& spec) {
   slot.tokens.assign(spec.prompt, spec.prompt + spec.prompt_length);
   cache_.Take((positions + kBlock - 1) / kBlock, &slot.blocks);
   slot.prompt_length = spec.prompt_length;
+  slot.fed = 0;
   slot.sampling = spec.sampling;
   slot.finished = false;
   slot.open = true;
@@ -126,6 +127,7 @@ void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
   for (int64_t b = 0; b < blocks; ++b) {
     std::memcpy(target.blocks[b].data(), source.blocks[b].data(), bytes);
   }
+  target.fed = count;
 }
 
 // ---- the step ------------------------------------------------------------------------------
@@ -337,6 +339,7 @@ void CpuDevice::Prefill(const PrefillChunk* chunks, size_t count) {
     }
   }
   if (!rows.empty()) PrefillRows(rows, wanted);
+  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = chunks[c].begin + chunks[c].count;
 }
 
 void CpuDevice::PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
@@ -358,6 +361,27 @@ void CpuDevice::PrefillRows(const std::vector<Row>& rows, const std::vector<floa
   }
 }
 
+// Behind the rows that are sampled from: prompt tokens that come before them and are not in the
+// cache yet. They cost next to nothing in the pass that reads the weights anyway.
+void CpuDevice::AddUnfedPrompt(const int32_t* slots, size_t count, std::vector<Row>* rows) {
+  std::vector<Row> unfed;
+  for (size_t i = 0; i < count; ++i) {
+    Slot& slot = At(slots[i]);
+    for (; slot.fed + 1 < slot.prompt_length; ++slot.fed) {
+      unfed.push_back({&slot, slot.tokens[slot.fed], slot.fed});
+    }
+  }
+  if (static_cast<int64_t>(rows->size() + unfed.size()) <= kMostRows) {
+    rows->insert(rows->end(), unfed.begin(), unfed.end());
+    return;
+  }
+  for (size_t begin = 0; begin < unfed.size(); begin += kMostRows) {
+    const size_t end = std::min(begin + static_cast<size_t>(kMostRows), unfed.size());
+    Forward({unfed.begin() + static_cast<ptrdiff_t>(begin),
+             unfed.begin() + static_cast<ptrdiff_t>(end)});
+  }
+}
+
 int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
                           DecodeResult* results, float* logits) {
   std::lock_guard<std::mutex> lock(pool_.mutex());
@@ -375,10 +399,12 @@ int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
       results_at.push_back(i);
     }
     if (rows.empty()) break;
+    const size_t sampled = rows.size();
+    if (step == 0) AddUnfedPrompt(slots, count, &rows);
     Forward(rows);
-    ComputeLogits(0, static_cast<int64_t>(rows.size()));
+    ComputeLogits(0, static_cast<int64_t>(sampled));
     if (logits) {
-      for (size_t r = 0; r < rows.size(); ++r) {
+      for (size_t r = 0; r < sampled; ++r) {
         std::memcpy(logits + (step * count + results_at[r]) * config_.vocab_size,
                     logits_.floats() + static_cast<int64_t>(r) * logits_stride_,
                     sizeof(float) * config_.vocab_size);

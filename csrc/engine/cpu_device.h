@@ -33,6 +33,7 @@ class CpuDevice : public Device {
     SamplingParams sampling;
     std::vector<int32_t> tokens;  // prompt, then what was sampled
     int32_t prompt_length = 0;
+    int32_t fed = 0;  // positions in the cache
     std::vector<cpu::Pages> blocks;
   };
   // One token on its way through the network.
@@ -56,6 +57,7 @@ class CpuDevice : public Device {
   // logits_[i] = head(final norm(hidden_[first_row + i])).
   void ComputeLogits(int64_t first_row, int64_t count);
   void PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  void AddUnfedPrompt(const int32_t* slots, size_t count, std::vector<Row>* rows);
   void SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
                   DecodeResult* results);
 

@@ -67,8 +67,9 @@ class Device {
   // Makes positions [0, count) of `to` equal to those of `from`, whose prompt begins alike.
   virtual void CopyPrefix(int32_t from, int32_t to, int32_t count) = 0;
 
-  // Feeds every slot its newest token (the prompt's last one at first: Prefill leaves that one out)
-  // and samples the next, up to `max_steps` times; returns the steps done, at least 1.
+  // Feeds every slot its newest token (at first what Prefill left out: the prompt's last token, and
+  // those before it that are not in the cache) and samples the next, up to `max_steps` times;
+  // returns the steps done, at least 1.
   // results [max_steps, count]; logits [max_steps, count, vocab] or null.
   virtual int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
                          DecodeResult* results, float* logits) = 0;

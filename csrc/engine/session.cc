@@ -15,6 +15,9 @@ namespace {
 
 // Prompt tokens of one step: enough to use the processor well, few enough to return soon.
 constexpr int32_t kPrefillTokens = 512;
+// Prompt tokens that may be left to the first decode step: while the weights are read, a few more
+// rows are nearly free, and a short prompt has its first token after one pass instead of two.
+constexpr size_t kTailTokens = 64;
 // Steps asked of the device in one call when nobody waits.
 constexpr int32_t kMaxStepsAtOnce = 64;
 
@@ -43,9 +46,12 @@ Session::~Session() {
   }
 }
 
-// All but the last token of the prompt are in the cache; that one is fed by the first decode step.
-bool Session::IsReady(const Sequence& sequence) {
-  return static_cast<size_t>(sequence.prefilled) + 1 == sequence.prompt->size();
+// What is not in the cache of the prompt can be fed by the first decode step: its last token, or a
+// few when no other sequence waits for the same prompt to be copied.
+bool Session::IsReady(const Sequence& sequence) const {
+  const size_t left = sequence.prompt->size() - static_cast<size_t>(sequence.prefilled);
+  const long owners = sequence.prompt == last_prompt_ ? 2 : 1;
+  return left == 1 || (left <= kTailTokens && sequence.prompt.use_count() <= owners);
 }
 
 Sequence& Session::Find(uint64_t id) const {
@@ -96,9 +102,9 @@ size_t Session::Step(int32_t max_steps) {
     Admit();
     if (open_.empty()) break;
     const bool some_ready =
-        std::any_of(open_.begin(), open_.end(), [](const Sequence* s) { return IsReady(*s); });
+        std::any_of(open_.begin(), open_.end(), [this](const Sequence* s) { return IsReady(*s); });
     const bool all_ready =
-        std::all_of(open_.begin(), open_.end(), [](const Sequence* s) { return IsReady(*s); });
+        std::all_of(open_.begin(), open_.end(), [this](const Sequence* s) { return IsReady(*s); });
     if (all_ready || (some_ready && decode_is_due_)) {
       decode_is_due_ = false;
       left -= Decode(left);
@@ -266,6 +272,9 @@ int32_t Session::Decode(int32_t max_steps) {
   } catch (...) {
     Fail(running);
     throw;
+  }
+  for (Sequence* sequence : running) {
+    sequence->prefilled = static_cast<int32_t>(sequence->prompt->size()) - 1;
   }
   const auto vocab = static_cast<size_t>(model_->config().vocab_size);
   for (size_t at = 0; at < static_cast<size_t>(done) * count; ++at) {

@@ -58,7 +58,7 @@ class Session {
  private:
   using Sequences = std::vector<Sequence*>;
 
-  static bool IsReady(const Sequence& sequence);
+  bool IsReady(const Sequence& sequence) const;
   Sequence& Find(uint64_t id) const;
 
   void Admit();

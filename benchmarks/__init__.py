@@ -1,0 +1,1 @@
+"""Benchmarks of fastgen, one command per table of docs/benchmarks.md."""
