@@ -127,7 +127,11 @@ def test_shards(tmp_path: Path, expected_logits: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../model.safetensors", "/etc/passwd", "a\0b", "a\\b", "", ".", "..", 3, None]
+    "shard",
+    [
+        *("../model.safetensors", "/etc/passwd", "a\0b", "a\\b", "", ".", "..", 3, None),
+        *("a\nb", "\x1b[31m", "\x7f", "\u202e", "a" * 256),
+    ],
 )
 def test_shard_that_is_no_plain_file_name(tmp_path: Path, shard: Any) -> None:
     weight_map: dict[str, Any] = dict(write_shards(tmp_path))
