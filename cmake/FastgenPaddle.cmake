@@ -119,19 +119,18 @@ if(FASTGEN_PADDLE OR ON_INFER)
 endif()
 
 if(ON_INFER)
-  # fastgen.json is read by the engine's own reader, which libfastgen does not export.
+  # fastgen.json is read by the engine's own reader, which libfastgen does not export, and text by the
+  # tokenizer that comes with it: whole rooms, so that a new file in one of them is linked too.
+  file(GLOB gpt_paddle_rooms CONFIGURE_DEPENDS
+       "${CMAKE_CURRENT_SOURCE_DIR}/csrc/base/*.cc" "${CMAKE_CURRENT_SOURCE_DIR}/csrc/io/*.cc"
+       "${CMAKE_CURRENT_SOURCE_DIR}/csrc/text/*.cc")
   add_executable(
     gpt_paddle
     csrc/apps/gpt_paddle.cc
     csrc/apps/paddle_program.cc
     csrc/apps/paddle_program_${paddle_headers}.cc
-    csrc/base/utf8.cc
     csrc/engine/config.cc
-    csrc/io/export.cc
-    csrc/io/json.cc
-    csrc/io/mapped_file.cc
-    csrc/io/pdiparams.cc
-    csrc/io/tensor.cc)
+    ${gpt_paddle_rooms})
   add_dependencies(gpt_paddle decoding_op)
   set_target_properties(gpt_paddle PROPERTIES OUTPUT_NAME fastgen-gpt-paddle)
   target_include_directories(gpt_paddle PRIVATE csrc csrc/include)

@@ -1,68 +1,71 @@
 // fastgen-gpt: continues prompts with a model directory. The start of an application of your own:
-// it uses fastgen.hpp and nothing else of the library.
+// it uses fastgen.hpp and nothing else of the library; the two headers beside it can go along.
 #include <algorithm>
-#include <charconv>
 #include <chrono>
-#include <cmath>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <fastgen/fastgen.hpp>
-#include <fstream>
+#include <functional>
 #include <iostream>
-#include <map>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "command_line.h"
+#include "output.h"
+
+namespace fastgen::apps {
 namespace {
 
 constexpr char kUsage[] =
     R"(Usage: fastgen-gpt --model_dir DIR [--prompt TEXT]... [OPTION]...
 
-Continues prompts. Without --prompt and --prompt_file they are read from standard input.
+Continues prompts. Without any they are read from standard input, as texts.
 
-  --model_dir DIR           directory of a model and its tokenizer
+  --model_dir DIR           directory of a model and its tokenizer, or an export
   --prompt TEXT             text to continue; may be given more than once
   --prompt_file FILE        file with one prompt a line; - is standard input
+  --prompt_ids "1 2 3"      the same as token ids, which need no tokenizer: token ids come out
+  --prompt_ids_file FILE
   --batch_size N            prompts decoded together [all]
   --max_length N            new tokens at most [32]
+  --min_length N            new tokens before the end token may come [0]
   --decode_strategy S       sampling or greedy_search [sampling]
   --topk N                  keep the N most probable tokens; 0: off [4]
   --topp P                  keep the most probable mass P; 0 or 1: off [0]
   --temperature T           divides the logits; > 0 [1]
   --repetition_penalty R    > 1 repeats less; 1: off [1]
+  --no_repeat_ngram_size N  no N tokens come twice; 0: off [0]
   --num_return_sequences N  sequences for each prompt [1]
+  --eos_token_id N          token that ends a sequence; -1: none [the model's]
   --seed N                  the same seed gives the same text [drawn, reported]
   --threads N               threads [all processors]
   --isa NAME                kernel set: generic, avx2 or avx512 [the best]
-  --stream                  print text as it comes; of one sequence, or with --json
+  --stream                  print tokens as they come; of one sequence, or with --json
   --bench                   repeat the request and print how long it takes
   --json                    print JSON: one object; with --stream one for each piece before it
   --help, --version
 
-Text goes to standard output; tokens per second and the seed go to standard error.
+Results go to standard output; tokens per second and the seed go to standard error.
 Exit status: 0; 1 with one sentence on standard error; 2 for bad usage; 130 after Ctrl-C.
 )";
 
 constexpr int kBenchRuns = 5;
 
-struct UsageError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+volatile std::sig_atomic_t interrupted = 0;
 
 struct Settings {
   std::string model_dir;
-  std::vector<std::string> prompts;
-  std::string prompt_file;
+  PromptOptions prompts;
   std::int32_t batch_size = 0;
-  fastgen::Options options;
-  fastgen::ModelOptions model_options;
+  Options options;
+  std::optional<std::int32_t> eos_token_id;
+  ModelOptions model_options;
   bool stream = false;
   bool bench = false;
   bool json = false;
@@ -70,163 +73,59 @@ struct Settings {
   bool version = false;
 };
 
-volatile std::sig_atomic_t interrupted = 0;
-
-// ---- Command line ---------------------------------------------------------------------------
-
-template <typename Integer>
-Integer ToInteger(const std::string& option, const std::string& text) {
-  Integer value = 0;
-  const char* end = text.data() + text.size();
-  const std::from_chars_result result = std::from_chars(text.data(), end, value);
-  if (text.empty() || result.ec != std::errc() || result.ptr != end) {
-    throw UsageError("--" + option + " is '" + text + "', it must be an integer in range");
-  }
-  return value;
-}
-
-float ToFloat(const std::string& option, const std::string& text) {
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0') {
-    throw UsageError("--" + option + " is '" + text + "', it must be a number");
-  }
-  return static_cast<float>(value);
-}
-
 Settings ParseCommandLine(int argc, char** argv) {
   Settings settings;
-  fastgen::Options& options = settings.options;
+  Options& options = settings.options;
   options.decode_strategy = FASTGEN_SAMPLING;
   options.max_length = 32;
   options.top_k = 4;
   options.top_p = 0.0f;
+  std::optional<std::uint64_t> seed;
 
-  const std::map<std::string, bool*> flags = {{"stream", &settings.stream},
-                                              {"bench", &settings.bench},
-                                              {"json", &settings.json},
-                                              {"help", &settings.help},
-                                              {"version", &settings.version}};
-  const std::map<std::string, std::string*> texts = {{"model_dir", &settings.model_dir},
-                                                     {"prompt_file", &settings.prompt_file},
-                                                     {"isa", &settings.model_options.isa}};
-  const std::map<std::string, std::int32_t*> integers = {
-      {"batch_size", &settings.batch_size},
-      {"max_length", &options.max_length},
-      {"topk", &options.top_k},
-      {"top_k", &options.top_k},
-      {"num_return_sequences", &options.num_return_sequences},
-      {"threads", &settings.model_options.num_threads}};
-  const std::map<std::string, float*> numbers = {
-      {"topp", &options.top_p},
-      {"top_p", &options.top_p},
-      {"temperature", &options.temperature},
-      {"repetition_penalty", &options.repetition_penalty}};
+  CommandLine line;
+  settings.prompts.AddTo(&line);
+  line.Value("model_dir", &settings.model_dir);
+  line.Value("batch_size", &settings.batch_size);
+  line.Value("max_length", &options.max_length);
+  line.Value("max_out_len", &options.max_length);
+  line.Value("min_length", &options.min_length);
+  // In the order of the library's numbers.
+  static_assert(FASTGEN_GREEDY_SEARCH == 0 && FASTGEN_SAMPLING == 1, "places are numbers");
+  line.Choice("decode_strategy", {"greedy_search", "sampling"}, &options.decode_strategy);
+  line.Value("topk", &options.top_k);
+  line.Value("top_k", &options.top_k);
+  line.Value("topp", &options.top_p);
+  line.Value("top_p", &options.top_p);
+  line.Value("temperature", &options.temperature);
+  line.Value("repetition_penalty", &options.repetition_penalty);
+  line.Value("no_repeat_ngram_size", &options.no_repeat_ngram_size);
+  line.Value("num_return_sequences", &options.num_return_sequences);
+  line.Value("eos_token_id", &settings.eos_token_id);
+  line.Value("seed", &seed);
+  line.Value("threads", &settings.model_options.num_threads);
+  line.Value("isa", &settings.model_options.isa);
+  line.Flag("stream", &settings.stream);
+  line.Flag("bench", &settings.bench);
+  line.Flag("json", &settings.json);
+  line.Flag("help", &settings.help);
+  line.Flag("version", &settings.version);
+  line.Parse(argc, argv);
 
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument.compare(0, 2, "--") != 0) {
-      throw UsageError("'" + argument + "' is not an option");
-    }
-    const std::size_t equals = argument.find('=');
-    std::string name = argument.substr(2, equals == std::string::npos ? equals : equals - 2);
-    std::replace(name.begin(), name.end(), '-', '_');
-    if (flags.count(name) && equals == std::string::npos) {
-      *flags.at(name) = true;
-      continue;
-    }
-    const auto value = [&]() -> std::string {
-      if (equals != std::string::npos) return argument.substr(equals + 1);
-      if (i + 1 == argc) throw UsageError("--" + name + " needs a value");
-      return argv[++i];
-    };
-    if (name == "prompt") {
-      settings.prompts.push_back(value());
-    } else if (name == "seed") {
-      options.seed = ToInteger<std::uint64_t>(name, value());
-      options.has_seed = 1;
-    } else if (name == "decode_strategy") {
-      const std::string strategy = value();
-      if (strategy != "sampling" && strategy != "greedy_search") {
-        throw UsageError("--decode_strategy is '" + strategy +
-                         "', it must be sampling or greedy_search");
-      }
-      options.decode_strategy = strategy == "sampling" ? FASTGEN_SAMPLING : FASTGEN_GREEDY_SEARCH;
-    } else if (texts.count(name)) {
-      *texts.at(name) = value();
-    } else if (integers.count(name)) {
-      *integers.at(name) = ToInteger<std::int32_t>(name, value());
-    } else if (numbers.count(name)) {
-      *numbers.at(name) = ToFloat(name, value());
-    } else {
-      throw UsageError("'" + argument + "' is not an option");
-    }
-  }
   if (settings.help || settings.version) return settings;
   if (settings.model_dir.empty()) throw UsageError("--model_dir is missing");
+  settings.prompts.Check();
   if (settings.batch_size < 0) throw UsageError("--batch_size must be at least 1");
-  if (settings.stream && settings.bench)
+  if (settings.stream && settings.bench) {
     throw UsageError("--stream and --bench exclude each other");
+  }
+  if (!seed) {
+    // As many bits as every reader of JSON holds exactly.
+    std::random_device device;
+    seed = (std::uint64_t{device()} << 21) ^ (device() >> 11);
+  }
+  options.seed = *seed;
+  options.has_seed = 1;
   return settings;
-}
-
-// The lines that are not blank.
-std::vector<std::string> ReadPrompts(const std::string& path) {
-  std::ifstream file;
-  if (path != "-") {
-    file.open(path, std::ios::binary);
-    if (!file) throw std::runtime_error("prompt_file " + path + " cannot be read");
-  }
-  std::istream& input = path == "-" ? std::cin : file;
-  std::vector<std::string> prompts;
-  for (std::string line; std::getline(input, line);) {
-    if (!line.empty() && line.back() == '\r') line.pop_back();
-    if (line.find_first_not_of(" \t\v\f\r") != std::string::npos) prompts.push_back(line);
-  }
-  if (input.bad()) throw std::runtime_error("prompt_file " + path + " cannot be read");
-  if (prompts.empty()) throw std::runtime_error("prompt_file " + path + " holds no prompt");
-  return prompts;
-}
-
-// ---- JSON -----------------------------------------------------------------------------------
-
-// Of valid UTF-8, which is what Tokenizer::decode() gives.
-std::string Quote(const std::string& text) {
-  std::string quoted = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      quoted += '\\';
-      quoted += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      char escape[8];
-      std::snprintf(escape, sizeof escape, "\\u%04x", static_cast<unsigned>(c));
-      quoted += escape;
-    } else {
-      quoted += c;
-    }
-  }
-  return quoted + '"';
-}
-
-std::string Number(double value) {
-  if (!std::isfinite(value)) return "null";
-  char text[32];
-  std::snprintf(text, sizeof text, "%.9g", value);
-  return text;
-}
-
-template <typename Items, typename ToText>
-std::string List(const Items& items, const ToText& to_text) {
-  std::string list = "[";
-  for (const auto& item : items) {
-    if (list.size() > 1) list += ", ";
-    list += to_text(item);
-  }
-  return list + "]";
-}
-
-std::string Tokens(const std::vector<std::int32_t>& tokens) {
-  return List(tokens, [](std::int32_t token) { return std::to_string(token); });
 }
 
 const char* ReasonName(fastgen_finish_reason reason) {
@@ -242,8 +141,9 @@ const char* ReasonName(fastgen_finish_reason reason) {
 
 struct Application {
   Settings settings;
-  fastgen::Model model;
-  fastgen::Tokenizer tokenizer;
+  Prompts prompts;
+  Model model;
+  std::optional<Tokenizer> tokenizer;  // without one: token ids in, token ids out
 
   std::int32_t Rows() const {
     const std::int64_t rows =
@@ -251,8 +151,26 @@ struct Application {
     return static_cast<std::int32_t>(std::min<std::int64_t>(rows, 4096));  // the library's most
   }
 
-  std::vector<fastgen::TextResult> Generate(const fastgen::Model::OnText& on_text) const {
-    return model.generate(tokenizer, settings.prompts, settings.options, on_text, Rows());
+  // Pieces are of text, or token ids.
+  std::vector<TextResult> Generate(const Model::OnText& on_piece) const {
+    if (tokenizer) {
+      return model.generate(*tokenizer, prompts.texts, settings.options, on_piece, Rows());
+    }
+    std::vector<TextResult> results;
+    const auto on_token = [&on_piece](std::size_t index, std::int32_t token) {
+      return on_piece(index, std::to_string(token));
+    };
+    for (Result& sequence : model.generate(prompts.ids, settings.options, on_token, Rows())) {
+      const std::size_t prompt = results.size() / PerPrompt();
+      results.emplace_back();
+      static_cast<Result&>(results.back()) = std::move(sequence);
+      results.back().prompt = prompts.ids[prompt];
+    }
+    return results;
+  }
+
+  std::size_t PerPrompt() const {
+    return static_cast<std::size_t>(settings.options.num_return_sequences);
   }
 };
 
@@ -260,65 +178,53 @@ double Seconds(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-std::size_t CountTokens(const std::vector<fastgen::TextResult>& results) {
+std::size_t CountTokens(const std::vector<TextResult>& results) {
   std::size_t tokens = 0;
-  for (const fastgen::TextResult& result : results) tokens += result.tokens.size();
+  for (const TextResult& result : results) tokens += result.tokens.size();
   return tokens;
 }
 
-void PrintJson(const Application& app, const std::vector<fastgen::TextResult>& results,
-               double seconds) {
-  const auto per_token = static_cast<double>(CountTokens(results)) / seconds;
-  const auto each = [&results](const auto& to_text) { return List(results, to_text); };
-  std::vector<std::vector<std::int32_t>> prompts;
-  for (std::size_t i = 0; i < results.size();
-       i += static_cast<std::size_t>(app.settings.options.num_return_sequences)) {
-    prompts.push_back(results[i].prompt);
+std::vector<Sequence> Sequences(const std::vector<TextResult>& results) {
+  std::vector<Sequence> sequences;
+  for (const TextResult& result : results) {
+    sequences.push_back(
+        {result.tokens, result.text, ReasonName(result.finish_reason), result.score});
   }
-  using Result = fastgen::TextResult;
-  std::cout << "{\"model\": "
-            << Quote(app.tokenizer.decode(app.tokenizer.encode(app.settings.model_dir), false))
-            << ", \"prompts\": "
-            << List(prompts,
-                    [&app](const auto& ids) { return Quote(app.tokenizer.decode(ids, false)); })
-            << ", \"prompt_ids\": " << List(prompts, Tokens)
-            << ", \"num_return_sequences\": " << app.settings.options.num_return_sequences
-            << ", \"texts\": " << each([](const Result& r) { return Quote(r.text); })
-            << ", \"token_ids\": " << each([](const Result& r) { return Tokens(r.tokens); })
-            << ", \"scores\": " << each([](const Result& r) { return Number(r.score); })
-            << ", \"finish_reasons\": "
-            << each([](const Result& r) { return Quote(ReasonName(r.finish_reason)); })
+  return sequences;
+}
+
+void PrintJson(const Application& app, const std::vector<TextResult>& results, double seconds) {
+  const auto per_token = static_cast<double>(CountTokens(results)) / seconds;
+  std::vector<std::vector<std::int32_t>> prompt_ids;
+  std::vector<std::string> prompts;
+  for (std::size_t i = 0; i < results.size(); i += app.PerPrompt()) {
+    prompt_ids.push_back(results[i].prompt);
+    // Bytes that are not UTF-8 would not be JSON.
+    if (app.tokenizer) prompts.push_back(app.tokenizer->decode(prompt_ids.back(), false));
+  }
+  std::cout << "{" << SequenceMembers(prompts, prompt_ids, Sequences(results), app.PerPrompt())
             << ", \"seed\": " << app.settings.options.seed
             << ", \"num_tokens\": " << CountTokens(results) << ", \"seconds\": " << Number(seconds)
             << ", \"tokens_per_second\": " << Number(per_token)
             << ", \"interrupted\": " << (interrupted ? "true" : "false")
-            << ", \"version\": " << Quote(fastgen::version()) << "}\n";
-}
-
-void PrintText(const Application& app, const std::vector<fastgen::TextResult>& results) {
-  const auto sequences = static_cast<std::size_t>(app.settings.options.num_return_sequences);
-  for (std::size_t i = 0; i < results.size(); ++i) {
-    if (results.size() > 1) {
-      std::cout << "==> prompt " << i / sequences << ", sequence " << i % sequences << " ("
-                << ReasonName(results[i].finish_reason) << ")\n";
-    }
-    std::cout << app.settings.prompts[i / sequences] << results[i].text << "\n";
-    if (results.size() > 1) std::cout << "\n";
-  }
+            << ", \"version\": " << Quote(version()) << "}\n";
 }
 
 void Run(const Application& app) {
   const Settings& settings = app.settings;
   const bool plain = !settings.json;
-  if (settings.stream && plain) std::cout << settings.prompts[0] << std::flush;
+  const bool is_text = app.tokenizer.has_value();
+  if (settings.stream && plain && is_text) std::cout << app.prompts.texts[0] << std::flush;
   const auto begin = std::chrono::steady_clock::now();
-  const std::vector<fastgen::TextResult> results =
+  bool first = true;
+  const std::vector<TextResult> results =
       app.Generate([&](std::size_t index, const std::string& piece) {
         if (settings.stream && plain) {
-          std::cout << piece << std::flush;
+          std::cout << (is_text || first ? "" : " ") << piece << std::flush;
+          first = false;
         } else if (settings.stream) {
-          std::cout << "{\"index\": " << index << ", \"text\": " << Quote(piece) << "}"
-                    << std::endl;
+          std::cout << "{\"index\": " << index << (is_text ? ", \"text\": " : ", \"token_id\": ")
+                    << (is_text ? Quote(piece) : piece) << "}" << std::endl;
         }
         return interrupted == 0;  // false: this sequence ends here
       });
@@ -328,7 +234,7 @@ void Run(const Application& app) {
   } else if (settings.stream) {
     std::cout << "\n";
   } else {
-    PrintText(app, results);
+    PrintSequences(app.prompts.texts, Sequences(results), app.PerPrompt());
   }
   std::cout.flush();
   const std::size_t tokens = CountTokens(results);
@@ -365,8 +271,8 @@ void Bench(const Application& app) {
               << ", \"tokens_per_second\": " << Number(rate)
               << ", \"first_text_seconds\": " << Number(first[kBenchRuns / 2])
               << ", \"step_bytes\": " << info.step_bytes << ", \"isa\": " << Quote(info.isa)
-              << ", \"threads\": " << info.num_threads
-              << ", \"version\": " << Quote(fastgen::version()) << "}\n";
+              << ", \"threads\": " << info.num_threads << ", \"version\": " << Quote(version())
+              << "}\n";
   } else {
     char line[256];
     std::snprintf(line, sizeof line,
@@ -378,30 +284,32 @@ void Bench(const Application& app) {
   }
 }
 
+Tokenizer LoadTokenizer(const std::string& directory) {
+  try {
+    return Tokenizer::load(directory);
+  } catch (const Error& error) {
+    if (error.status() != FASTGEN_NOT_FOUND) throw;
+    throw std::runtime_error(error.what() + std::string(kNoTokenizer));
+  }
+}
+
 int Main(int argc, char** argv) {
   Settings settings = ParseCommandLine(argc, argv);
   if (settings.help || settings.version) {
-    std::cout << (settings.help ? kUsage : "fastgen-gpt " + fastgen::version() + "\n");
+    std::cout << (settings.help ? kUsage : "fastgen-gpt " + version() + "\n");
     return 0;
   }
-  if (settings.prompts.empty() || !settings.prompt_file.empty()) {
-    const std::string path = settings.prompt_file.empty() ? "-" : settings.prompt_file;
-    for (const std::string& prompt : ReadPrompts(path)) settings.prompts.push_back(prompt);
-  }
-  const bool one = settings.prompts.size() == 1 && settings.options.num_return_sequences == 1;
+  Prompts prompts = ReadPrompts(settings.prompts);
+  const bool one = prompts.size() == 1 && settings.options.num_return_sequences == 1;
   if (settings.stream && !settings.json && !one) {
     throw UsageError("--stream prints one sequence; with --json any number");
   }
-  if (!settings.options.has_seed) {
-    // As many bits as every reader of JSON holds exactly.
-    std::random_device device;
-    settings.options.seed = (std::uint64_t{device()} << 21) ^ (device() >> 11);
-    settings.options.has_seed = 1;
-  }
-  fastgen::Model model = fastgen::Model::load(settings.model_dir, settings.model_options);
-  fastgen::Tokenizer tokenizer = fastgen::Tokenizer::load(settings.model_dir);
-  settings.options.eos_token_id = model.info().config.eos_token_id;
-  const Application app{std::move(settings), std::move(model), std::move(tokenizer)};
+  Model model = Model::load(settings.model_dir, settings.model_options);
+  std::optional<Tokenizer> tokenizer;
+  if (!settings.prompts.are_ids()) tokenizer = LoadTokenizer(settings.model_dir);
+  settings.options.eos_token_id = settings.eos_token_id.value_or(model.info().config.eos_token_id);
+  const Application app{std::move(settings), std::move(prompts), std::move(model),
+                        std::move(tokenizer)};
 
   std::signal(SIGINT, [](int) { interrupted = 1; });
   app.settings.bench ? Bench(app) : Run(app);
@@ -411,11 +319,12 @@ int Main(int argc, char** argv) {
 }
 
 }  // namespace
+}  // namespace fastgen::apps
 
 int main(int argc, char** argv) {
   try {
-    return Main(argc, argv);
-  } catch (const UsageError& error) {
+    return fastgen::apps::Main(argc, argv);
+  } catch (const fastgen::apps::UsageError& error) {
     std::fprintf(stderr, "fastgen-gpt: %s; see fastgen-gpt --help\n", error.what());
     return 2;
   } catch (const std::exception& error) {

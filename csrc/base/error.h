@@ -20,23 +20,23 @@ class Error : public std::runtime_error {
 };
 
 // Text out of a file, fit for a sentence: in quotes, printable ASCII only (other bytes as \xNN),
-// cut when it is long. A hostile name can then neither break the message nor flood it.
+// cut when that is long. A hostile name can then neither break the message nor flood it.
 inline std::string Quote(const std::string& text) {
   constexpr size_t kMaxShown = 120;
   static const char kHex[] = "0123456789abcdef";
-  std::string quoted = "'";
-  for (size_t i = 0; i < text.size() && i < kMaxShown; ++i) {
-    const unsigned char byte = static_cast<unsigned char>(text[i]);
+  std::string shown;
+  size_t read = 0;
+  for (; read < text.size() && shown.size() < kMaxShown; ++read) {
+    const unsigned char byte = static_cast<unsigned char>(text[read]);
     if (byte < 0x20 || byte >= 0x7f) {
-      quoted += "\\x";
-      quoted += kHex[byte >> 4];
-      quoted += kHex[byte & 15];
+      shown += "\\x";
+      shown += kHex[byte >> 4];
+      shown += kHex[byte & 15];
     } else {
-      quoted += text[i];
+      shown += text[read];
     }
   }
-  quoted += text.size() > kMaxShown ? "...'" : "'";
-  return quoted;
+  return "'" + shown + (read < text.size() ? "...'" : "'");
 }
 
 // What the operating system calls `error_number`.

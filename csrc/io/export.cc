@@ -47,6 +47,7 @@ class ManifestReader {
       if (name == nullptr) Bad("an entry of inputs has no name");
       manifest.inputs.push_back(Text(*name, "the name of an input"));
     }
+    ReadTokenizer(&manifest);
     for (const Json& tensor : List("tensors")) manifest.tensors.push_back(ReadTensor(tensor));
     return manifest;
   }
@@ -81,6 +82,17 @@ class ManifestReader {
   const std::string& Text(const Json& value, const std::string& what) const {
     if (!value.is_string()) Bad(what + " is " + value.Describe() + ", it must be a text");
     return value.string();
+  }
+
+  void ReadTokenizer(ExportManifest* manifest) const {
+    const Json* tokenizer = json_.Find("tokenizer");
+    if (tokenizer == nullptr || tokenizer->is_null()) return;
+    const Json* tokens = tokenizer->Find("special_tokens");
+    if (tokens == nullptr || !tokens->is_array()) Bad("tokenizer has no list of special_tokens");
+    for (const Json& token : tokens->array()) {
+      manifest->special_tokens.push_back(Text(token, "a special token"));
+    }
+    manifest->has_tokenizer = true;
   }
 
   StoredTensor ReadTensor(const Json& json) const {

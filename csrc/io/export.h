@@ -22,6 +22,8 @@ struct ExportManifest {
   Json config;                      // object: sizes and special tokens
   Json generation;                  // object: the options that the export was made with
   std::vector<std::string> inputs;  // names of the program's feeds, in order
+  bool has_tokenizer = false;       // vocab.txt and merges.txt belong to it
+  std::vector<std::string> special_tokens;
   std::vector<StoredTensor> tensors;
 };
 

@@ -21,6 +21,7 @@ constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100000000;
 constexpr uint64_t kMaxIndexBytes = 100000000;
 constexpr size_t kMaxDims = 64;
+constexpr size_t kMaxShardName = 255;
 
 [[noreturn]] void Bad(const std::string& path, const std::string& what) {
   throw base::Error(FASTGEN_BAD_FILE, path + ": " + what);
@@ -222,6 +223,14 @@ bool Exists(const std::string& path) {
   return stat(path.c_str(), &status) == 0 || errno != ENOENT;
 }
 
+// A plain name in the index's directory: an index must not make the engine read anything else. And one
+// that is fit for a message, because the system's errors name the file.
+bool IsShardName(const std::string& name) {
+  if (name.empty() || name.size() > kMaxShardName || name == "." || name == "..") return false;
+  return std::all_of(name.begin(), name.end(),
+                     [](char c) { return c >= 0x20 && c < 0x7f && c != '/' && c != '\\'; });
+}
+
 std::unique_ptr<TensorSource> OpenShards(const std::string& directory,
                                          const std::string& index_path) {
   const std::string text = ReadTextFile(index_path, kMaxIndexBytes);
@@ -235,11 +244,10 @@ std::unique_ptr<TensorSource> OpenShards(const std::string& directory,
                           member.second.Describe() + ", which must be a file name");
     }
     const std::string& shard = member.second.string();
-    // A plain name in this directory: an index must not make the engine read anything else.
-    if (shard.empty() || shard == "." || shard == ".." ||
-        shard.find_first_of(std::string("/\\\0", 3)) != std::string::npos) {
+    if (!IsShardName(shard)) {
       Bad(index_path, "the shard " + base::Quote(shard) + " of tensor " +
-                          base::Quote(member.first) + " is not a plain file name");
+                          base::Quote(member.first) +
+                          " is not a plain file name of printable ASCII characters");
     }
     shards.insert(shard);
   }

@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "io/export.h"
 #include "io/json.h"
 #include "io/mapped_file.h"
 
@@ -290,6 +291,29 @@ std::vector<std::string> ParseSpecialTokens(const std::string& text, const std::
   return tokens;
 }
 
+namespace {
+
+// An export says what its special tokens are, and there are no others.
+std::vector<std::string> ExportedSpecialTokens(const std::string& directory) {
+  io::ExportManifest manifest = io::ReadExportManifest(directory);
+  if (!manifest.has_tokenizer) Bad(manifest.path, "tokenizer has no list of special_tokens");
+  return std::move(manifest.special_tokens);
+}
+
+// A vocabulary does not mark them: what every GPT-2 has, and what the files beside it name.
+std::vector<std::string> SpecialTokensBeside(const std::string& directory) {
+  std::vector<std::string> special = {kEndOfText};
+  for (const char* name : {"special_tokens_map.json", "tokenizer_config.json"}) {
+    const std::string path = directory + "/" + name;
+    if (!Exists(path)) continue;
+    const std::string text = io::ReadTextFile(path, kMaxFileBytes);
+    for (std::string& token : ParseSpecialTokens(text, path)) special.push_back(std::move(token));
+  }
+  return special;
+}
+
+}  // namespace
+
 TokenizerFiles ReadTokenizerFiles(const std::string& directory) {
   const auto path_of = [&directory](const char* name) { return directory + "/" + name; };
   const auto read = [](const std::string& path) { return io::ReadTextFile(path, kMaxFileBytes); };
@@ -314,14 +338,9 @@ TokenizerFiles ReadTokenizerFiles(const std::string& directory) {
   files.merges = ParseMerges(read(merges), merges);
   files.merges_where = merges;
 
-  std::vector<std::string> special = {kEndOfText};
-  for (const char* name : {"special_tokens_map.json", "tokenizer_config.json"}) {
-    const std::string path = path_of(name);
-    if (!Exists(path)) continue;
-    for (std::string& token : ParseSpecialTokens(read(path), path)) {
-      special.push_back(std::move(token));
-    }
-  }
+  std::vector<std::string> special = files.where == lines && Exists(path_of(io::kManifestName))
+                                         ? ExportedSpecialTokens(directory)
+                                         : SpecialTokensBeside(directory);
   std::sort(special.begin(), special.end());
   special.erase(std::unique(special.begin(), special.end()), special.end());
   // Only those of the vocabulary: others would have ids that the model does not know.

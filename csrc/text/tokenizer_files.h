@@ -1,7 +1,8 @@
 // What the files of a tokenizer say, before anything is made of it.
 //
 // Read are `tokenizer.json`, or else `vocab.json` or `vocab.txt` (one token a line, the line's
-// number, from 0, is its id) with `merges.txt`. Files are not trusted: sizes and counts are bounded,
+// number, from 0, is its id) with `merges.txt`. Special tokens of the latter are named by an export's
+// `fastgen.json`, or by the files beside them. Files are not trusted: sizes and counts are bounded,
 // and everything that does not make sense throws base::Error(kBadFile).
 #pragma once
 

@@ -4,7 +4,6 @@
 // v: vocab.json, t: vocab.txt), the vocabulary, merges.txt, special_tokens_map.json, text.
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -12,25 +11,18 @@
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "fuzzing.h"
 #include "text/tokenizer.h"
 
 namespace {
 
 using namespace fastgen;  // NOLINT: a program, not a header
 
-std::string NextPart(std::string* rest) {
-  static const std::string kSeparator = "\n====\n";
-  const size_t end = rest->find(kSeparator);
-  const std::string part = rest->substr(0, end);
-  rest->erase(0, end == std::string::npos ? end : end + kSeparator.size());
-  return part;
-}
-
 text::TokenizerFiles Parse(std::string* rest) {
-  const std::string kind = NextPart(rest);
-  const std::string vocabulary = NextPart(rest);
-  const std::string merges = NextPart(rest);
-  const std::string special = NextPart(rest);
+  const std::string kind = fuzz::NextPart(rest);
+  const std::string vocabulary = fuzz::NextPart(rest);
+  const std::string merges = fuzz::NextPart(rest);
+  const std::string special = fuzz::NextPart(rest);
   if (kind == "j") return text::ParseTokenizerJson(vocabulary, "tokenizer.json");
   text::TokenizerFiles files;
   files.where = "vocab";
@@ -52,14 +44,10 @@ text::TokenizerFiles Parse(std::string* rest) {
   return files;
 }
 
-void Require(bool condition) {
-  if (!condition) std::abort();
-}
-
 void UseText(const std::shared_ptr<const text::Tokenizer>& tokenizer, const std::string& input,
              bool has_added) {
   const std::vector<int32_t> ids = tokenizer->Encode(input.data(), input.size());
-  Require(ids.size() <= input.size());
+  fuzz::Require(ids.size() <= input.size());
   for (const bool skip : {false, true}) {
     const std::string whole = tokenizer->Decode(ids.data(), ids.size(), skip);
     text::TextStream stream(tokenizer, skip);
@@ -68,16 +56,16 @@ void UseText(const std::shared_ptr<const text::Tokenizer>& tokenizer, const std:
       pieces += stream.Push(&id, 1);
       // Never half a character: what is out is valid UTF-8.
       std::string valid;
-      Require(fastgen::base::AppendLossy(pieces.data(), pieces.data() + pieces.size(), true,
-                                         &valid) == pieces.size());
-      Require(valid == pieces);
+      fuzz::Require(base::AppendLossy(pieces.data(), pieces.data() + pieces.size(), true, &valid) ==
+                    pieces.size());
+      fuzz::Require(valid == pieces);
     }
     pieces += stream.Flush();
-    Require(pieces == whole);
+    fuzz::Require(pieces == whole);
     if (has_added || skip) continue;
     std::string lossy;
-    fastgen::base::AppendLossy(input.data(), input.data() + input.size(), false, &lossy);
-    Require(whole == lossy);
+    base::AppendLossy(input.data(), input.data() + input.size(), false, &lossy);
+    fuzz::Require(whole == lossy);
   }
 }
 
@@ -90,10 +78,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const bool has_added = !files.added.empty();
     const auto tokenizer = std::make_shared<const text::Tokenizer>(std::move(files));
     UseText(tokenizer, rest.substr(0, 256), has_added);
+    fuzz::refusal.clear();
   } catch (const base::Error& error) {
-    // One sentence, without control characters.
-    const std::string message = error.what();
-    Require(!message.empty() && message.find('\n') == std::string::npos);
+    fuzz::Refused(error);
   }
   return 0;
 }

@@ -24,7 +24,12 @@ import pytest
 
 pytest.importorskip("paddlenlp")
 
-from fastgen.testing.models import GPTShape
+import paddle
+from fastgen_tests.exports import EXPORT_SHAPE, write_model, write_tokenizer
+from fastgen_tests.programs import build_gpt_paddle, compile_gpt
+
+from fastgen.testing import profiles
+from fastgen.testing.models import GPTShape, WeightRecipe
 
 SHAPE = GPTShape(
     vocab_size=97,
@@ -63,6 +68,34 @@ def make_model(shape={SHAPE!r}, seed=0):
         parameter.set_value(tensors[name])
     return model
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the modules that take their share of a profile are imported.
+    profiles.choose(config.getoption("--hypothesis-profile", None))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A HuggingFace directory with a tokenizer, to be exported."""
+    directory = tmp_path_factory.mktemp("source") / "model"
+    write_model(directory, EXPORT_SHAPE, WeightRecipe(seed=5))
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fastgen-gpt, on the library under test."""
+    return compile_gpt(tmp_path_factory.mktemp("gpt"))
+
+
+@pytest.fixture(scope="session")
+def gpt_paddle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fastgen-gpt-paddle, on this Paddle's wheel."""
+    if paddle.__version__.startswith("3"):
+        pytest.skip("Paddle 3's C++ jit loader is not what this program is made for")
+    return build_gpt_paddle(tmp_path_factory.mktemp("gpt_paddle"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Exports that Paddle writes, run by Paddle Inference from Python and C++: the tokens are those of
-FasterGPT and of Generator."""
+"""Exports that Paddle writes, run by Paddle Inference: the tokens are those of FasterGPT and of
+Generator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 pytest.importorskip("paddlenlp")
 
 import paddle
+from fastgen_tests.exports import EXPORT_SHAPE, PROMPTS, pad, predict, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -28,88 +27,16 @@ from fastgen import FasterGPT, GenerationOptions, Generator, export_model
 from fastgen.convert import to_paddlenlp
 from fastgen.errors import InvalidArgumentError, ModelFileError, UnsupportedError
 from fastgen.export_model import export
-from fastgen.jit import load_op_library
 from fastgen.testing import strategies as fg
-from fastgen.testing.models import GPTShape, WeightRecipe, huggingface_tensors, make_tensors
+from fastgen.testing.models import WeightRecipe, huggingface_tensors, make_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
 # PIR, which saves programs as gpt.json, came with Paddle 3.
 NATIVE = "json" if paddle.__version__.startswith("3") else "pdmodel"
 FORMATS = ["pdmodel"] if NATIVE == "pdmodel" else ["pdmodel", "json"]
-SHAPE = GPTShape(320, 48, 32, 2, 4, 64)
-PROMPTS = [[9, 8, 7], [300, 5, 11, 23, 42], [17]]
 SAMPLING = GenerationOptions(
     decode_strategy="sampling", max_length=9, top_k=12, top_p=0.9, temperature=1.3, seed=11
 )
 GREEDY = GenerationOptions(max_length=9, top_k=0)
-
-
-def write_model(directory: Path, shape: GPTShape, recipe: WeightRecipe, **config: Any) -> Path:
-    """A HuggingFace directory without a tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "gpt2", "eos_token_id": 0, **shape.huggingface_config(), **config}
-    (directory / "config.json").write_text(json.dumps(config))
-    tensors = huggingface_tensors(shape, make_tensors(shape, recipe))
-    save_file(tensors, str(directory / "model.safetensors"))
-    return directory
-
-
-def write_tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["Return the number of items in the list."] * 9, trainer)
-    backend.save(str(directory / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("source") / "model"
-    write_model(directory, SHAPE, WeightRecipe(seed=5))
-    write_tokenizer(directory)
-    return directory
-
-
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = [len(prompt) for prompt in prompts]
-    # What stands in the padding must not matter.
-    ids = np.full((len(prompts), max(lengths)), 3, dtype=np.int64)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = prompt
-    return ids, np.array(lengths, dtype=np.int32)
-
-
-def predict(
-    directory: Path, prompts: Sequence[Sequence[int]], **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and scores of paddle.inference."""
-    load_op_library()
-    manifest = json.loads((directory / "fastgen.json").read_text())
-    config = paddle.inference.Config(
-        str(directory / manifest["program"]), str(directory / "gpt.pdiparams")
-    )
-    config.disable_glog_info()
-    predictor = paddle.inference.create_predictor(config)
-    feeds: dict[str, np.ndarray] = dict(zip(("input_ids", "seq_len"), pad(prompts)))
-    types = {entry["name"]: entry["dtype"] for entry in manifest["inputs"]}
-    for name, value in options.items():
-        feeds[name] = np.array(value, dtype=types[name])
-    assert predictor.get_input_names() == list(types)
-    for name in predictor.get_input_names():
-        predictor.get_input_handle(name).copy_from_cpu(feeds[name])
-    predictor.run()
-    ids, scores = (
-        predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()
-    )
-    return ids, scores
 
 
 # ---- The same tokens everywhere ----------------------------------------------------------------
@@ -210,8 +137,9 @@ def test_an_export_can_be_exported_again(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_separate_head(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", SHAPE, WeightRecipe(seed=5), tie_word_embeddings=False)
-    tensors = huggingface_tensors(SHAPE, make_tensors(SHAPE, WeightRecipe(seed=5)))
+    recipe = WeightRecipe(seed=5)
+    model = write_model(tmp_path / "model", EXPORT_SHAPE, recipe, tie_word_embeddings=False)
+    tensors = huggingface_tensors(EXPORT_SHAPE, make_tensors(EXPORT_SHAPE, recipe))
     tensors["lm_head.weight"] = tensors["wte.weight"][::-1].copy()
     save_file(tensors, str(model / "model.safetensors"))
     directory = export(model, tmp_path / "export", GREEDY, tokenizer=False)
@@ -291,12 +219,12 @@ def test_options_that_the_model_cannot_do(
 
 
 def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", SHAPE, WeightRecipe(seed=5))
+    model = write_model(tmp_path / "model", EXPORT_SHAPE, WeightRecipe(seed=5))
     with pytest.raises(InvalidArgumentError, match=r"no tokenizer .*--no_tokenizer"):
         export(model, tmp_path / "export", SAMPLING)
-    large = make_tensors(SHAPE, WeightRecipe(seed=5))
+    large = make_tensors(EXPORT_SHAPE, WeightRecipe(seed=5))
     large["gpt.decoder.norm.bias"][3] = 1e6
-    save_file(huggingface_tensors(SHAPE, large), str(model / "model.safetensors"))
+    save_file(huggingface_tensors(EXPORT_SHAPE, large), str(model / "model.safetensors"))
     with pytest.raises(ModelFileError, match=r"ln_f\.bias has values that float16 cannot hold"):
         export(model, tmp_path / "export", SAMPLING, use_fp16_decoding=True, tokenizer=False)
     assert not (tmp_path / "export").exists()
@@ -329,108 +257,3 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr == f"fastgen export: {directory} exists: give --force to replace it\n"
-
-
-# ---- C++ ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fastgen-gpt-paddle, built against this Paddle's wheel."""
-    if NATIVE != "pdmodel":
-        pytest.skip("Paddle 3's C++ jit loader is not what this program is made for")
-    for tool in ("cmake", "ninja", "g++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    if not (ROOT / "CMakeLists.txt").is_file():
-        pytest.skip("the sources are not there")
-    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        pytest.skip("this Python has no shared libpython")
-    build = tmp_path_factory.mktemp("build")
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DON_INFER=ON",
-         f"-DPY_CMD={sys.executable}"],
-        ["cmake", "--build", str(build), "--target", "gpt_paddle"],
-    ):  # fmt: skip
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stdout
-    return build / "fastgen-gpt-paddle"
-
-
-def run_program(program: Path, *arguments: Any, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(program), *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.mark.slow
-def test_cpp_fixed_options(source: Path, tmp_path: Path, program: Path) -> None:
-    for options in (GREEDY, SAMPLING):
-        directory = export(source, tmp_path / options.decode_strategy, options)
-        arguments = [part for prompt in PROMPTS for part in ("--prompt_ids", _text(prompt))]
-        done = run_program(program, "--model_dir", directory, *arguments)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        with Generator.from_pretrained(directory) as generator:
-            expected = generator.generate(PROMPTS, options)
-        assert done.stdout == "".join(f"{_text(ids)}\n" for ids in expected.token_ids)
-    done = run_program(program, "--model_dir", directory, "--topk", 3)
-    assert done.returncode == 2
-    assert "need one made with --runtime_options" in done.stderr
-
-
-@pytest.mark.slow
-def test_cpp_runtime_options(source: Path, tmp_path: Path, program: Path) -> None:
-    directory = export(source, tmp_path / "export", SAMPLING, runtime_options=True)
-    (tmp_path / "prompts.txt").write_text("".join(f"{_text(prompt)}\n\n" for prompt in PROMPTS))
-    done = run_program(
-        program, "--model_dir", directory, "--prompt_file", tmp_path / "prompts.txt", "--json",
-        "--topk=5", "--topp=0.8", "--temperature=2", "--seed", 2**64 - 1, "--max_length", 20,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    with Generator.from_pretrained(directory) as generator:
-        expected = generator.generate(
-            PROMPTS, decode_strategy="sampling", top_k=5, top_p=0.8, temperature=2.0,
-            seed=2**64 - 1, max_length=20,
-        )  # fmt: skip
-        defaults = generator.generate([PROMPTS[0]], SAMPLING)
-    assert document["token_ids"] == expected.token_ids
-    np.testing.assert_array_equal(np.float32(document["scores"]), np.float32(expected.scores))
-    done = run_program(
-        program, "--model_dir", directory, "--prompt_file", "-", stdin=_text(PROMPTS[0])
-    )
-    assert done.stdout == f"{_text(defaults.token_ids[0])}\n"
-
-
-@pytest.mark.slow
-def test_cpp_errors(source: Path, tmp_path: Path, program: Path) -> None:
-    directory = export(source, tmp_path / "export", SAMPLING, runtime_options=True)
-    for arguments, code, words in (
-        (["--prompt_ids", "320"], 2, "token id 320 must be from 0 to 319"),
-        (["--prompt_ids", "1 x"], 2, "'x', it must be a number"),
-        (["--prompt_ids", _text([1] * 48)], 2, "fewer than the model's 48 positions"),
-        (["--temperature", "0"], 1, "temperature is 0"),
-        (["--max_length", "48"], 1, "48 positions"),
-        (["--seed", "-1"], 2, "--seed is '-1'"),
-        (["--op_library", "/nowhere.so"], 1, "/nowhere.so cannot be read"),
-        (["--bogus"], 2, "--bogus is not an option"),
-    ):
-        done = run_program(program, "--model_dir", directory, *arguments)
-        assert done.returncode == code, done.stderr
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
-    (directory / "gpt.pdmodel").write_bytes((directory / "gpt.pdmodel").read_bytes()[:500])
-    done = run_program(program, "--model_dir", directory)
-    assert done.returncode == 1
-    assert "cannot be loaded by Paddle" in done.stderr
-
-
-def _text(ids: Sequence[int]) -> str:
-    return " ".join(map(str, ids))

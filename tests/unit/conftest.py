@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastgen_tests.native_tokenizer import Native, save_vocabulary, trained
 
 from fastgen import Generator
 
@@ -145,3 +146,13 @@ def generator(tiny: TinyModel) -> Iterator[Generator]:
     """The tiny model, loaded."""
     with Generator.from_pretrained(tiny.directory) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
+    """The library's tokenizer of a small vocabulary."""
+    directory = tmp_path_factory.mktemp("small")
+    save_vocabulary(trained(600), directory)
+    native = Native(directory)
+    yield native
+    native.close()

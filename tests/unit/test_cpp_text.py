@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastgen_tests.programs import ROOT, compile_gpt, compile_program, run
 
 from fastgen import GenerationOptions, Generator, _capi
 from fastgen.models import DEFAULT_MODEL, resolve
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "cpp.md"
-STRICT = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-pedantic")
 
 Compile = Callable[..., Path]
 
@@ -30,43 +27,12 @@ Compile = Callable[..., Path]
 def build(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """`build(source)`: a program of a C or C++ file, linked with the library under test."""
     where = tmp_path_factory.mktemp("programs")
-
-    def compile_program(source: Path, *flags: str) -> Path:
-        in_c = source.suffix == ".c"
-        compiler = os.environ.get("CC" if in_c else "CXX", "gcc" if in_c else "g++")
-        if shutil.which(compiler) is None:
-            pytest.skip(f"{compiler} is not installed")
-        library = _capi.library_path()
-        program = where / source.stem
-        subprocess.run(
-            [
-                *(compiler, f"-std={'c11' if in_c else 'c++17'}", *STRICT, *flags, str(source)),
-                *(f"-I{ROOT / 'csrc' / 'include'}", str(library), f"-Wl,-rpath,{library.parent}"),
-                *("-pthread", "-o", str(program)),
-            ],
-            check=True,
-            timeout=300,
-        )
-        return program
-
-    return compile_program
+    return lambda source, *flags: compile_program(source, where, *flags)
 
 
 @pytest.fixture(scope="module")
-def gpt(build: Compile) -> Path:
-    return build(ROOT / "csrc" / "apps" / "gpt.cc")
-
-
-def run(*command: str | bytes | Path, status: int = 0, stdin: str | bytes = b"") -> tuple[str, str]:
-    """Standard output and standard error of a command."""
-    done = subprocess.run(
-        [os.fspath(part) for part in command],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stderr.decode("utf-8", "replace")
-    return done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+def gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_gpt(tmp_path_factory.mktemp("gpt"))
 
 
 def snippets(language: str) -> list[str]:
@@ -310,10 +276,16 @@ def test_benchmark(gpt: Path, tiny: Any) -> None:
 
 def test_help_names_every_option(gpt: Path) -> None:
     text, _ = run(gpt, "--help")
-    source = (ROOT / "csrc" / "apps" / "gpt.cc").read_text()
-    names = set(re.findall(r'\{"(\w+)", &', source)) | set(re.findall(r'name == "(\w+)"', source))
-    assert {"model_dir", "prompt", "seed", "stream"} <= names
-    for name in names - {"top_k", "top_p"}:
+    assert run(gpt, "-h") == (text, "")
+    sources = [ROOT / "csrc" / "apps" / name for name in ("gpt.cc", "command_line.h")]
+    names = set(
+        re.findall(
+            r'line(?:->|\.)(?:Value|Choice|Flag)\("(\w+)"',
+            "".join(source.read_text() for source in sources),
+        )
+    )
+    assert {"model_dir", "prompt", "prompt_ids", "seed", "stream"} <= names
+    for name in names - {"top_k", "top_p", "max_out_len"}:
         assert f"--{name}" in text, name
     assert run(gpt, "--version")[0] == f"fastgen-gpt {_capi.library_version()}\n"
 
@@ -330,7 +302,7 @@ def test_help_names_every_option(gpt: Path) -> None:
         (["--topk", "4x"], "--topk is '4x', it must be an integer in range"),
         (["--temperature", ""], "--temperature is '', it must be a number"),
         (["--json=1"], "'--json=1' is not an option"),
-        (["--decode_strategy", "beam"], "it must be sampling or greedy_search"),
+        (["--decode_strategy", "beam"], "it must be greedy_search or sampling"),
         (["--model_dir", "x", "--stream", "--bench"], "--stream and --bench exclude each other"),
         (["--model_dir", "x", "--stream", "--prompt", "a", "--prompt", "b"], "one sequence"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastgen_tests.native_tokenizer import END, Native, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +181,37 @@ def test_vocabulary_files_hold_the_tokenizer(tiny: Any, tmp_path: Path) -> None:
     for text in ("Return the naïve 中文 😀\n\t x", "<|endoftext|>a", " ", "\x00\x7f\u2028"):
         assert copy.encode(text) == source.encode(text)
         assert copy.decode(source.encode(text)) == source.decode(source.encode(text))
+
+
+def test_special_tokens_are_those_that_the_export_lists(good: Path, tmp_path: Path) -> None:
+    backend = trained(400)
+    backend.add_special_tokens(["[PAD]", "[PAD][X]"])
+    directory = Path(shutil.copytree(good, tmp_path / "export"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    source = Tokenizer.from_directory(tmp_path)
+    assert source is not None
+    listed = source.write_vocabulary(directory, 500)
+    assert listed == [END, "[PAD]", "[PAD][X]"]
+    manifest = json.loads((directory / "fastgen.json").read_text())
+    text = f"a[PAD]b[PAD][X]{END}c"
+    for special in (listed, listed[1:], []):
+        manifest["tokenizer"] = {"type": "byte-level-bpe", "special_tokens": special}
+        write_manifest(directory, manifest)
+        copy = Tokenizer.from_directory(directory)
+        assert copy is not None
+        native = Native(directory)
+        ids = native.encode(text)
+        assert ids == copy.encode(text)
+        assert (ids == source.encode(text)) == (special == listed)
+        assert native.decode(ids) == copy.decode(ids)
+        native.close()
+    for tokenizer in (None, 3, {}, {"special_tokens": "x"}, {"special_tokens": [1]}):
+        manifest["tokenizer"] = tokenizer
+        write_manifest(directory, manifest)
+        with pytest.raises(ModelFileError, match=r"fastgen\.json: .*special.token"):
+            Native(directory)
+        with pytest.raises(ModelFileError, match=r"fastgen\.json: .*special_tokens"):
+            Tokenizer.from_directory(directory)
 
 
 def test_ids_without_a_token_are_empty_lines(tmp_path: Path) -> None:

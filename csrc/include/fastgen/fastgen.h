@@ -293,7 +293,8 @@ FASTGEN_API fastgen_status fastgen_session_release(fastgen_session* session, uin
  * or `vocab.txt` (one token a line; the number of the line, from 0, is its id) with `merges.txt`.
  *
  * With the latter, `<|endoftext|>` and what `special_tokens_map.json` and `tokenizer_config.json`
- * name as bos, eos, pad and unk are special tokens where the vocabulary has them.
+ * name as bos, eos, pad and unk are special tokens where the vocabulary has them; of an export those
+ * that its `fastgen.json` lists.
  *
  * ::FASTGEN_NOT_FOUND: there is no tokenizer. ::FASTGEN_UNSUPPORTED: it is of another kind.
  * @param[out] tokenizer to be given to fastgen_tokenizer_free(). It never changes.
