@@ -400,7 +400,7 @@ int Main(int argc, char** argv) {
   }
   fastgen::Model model = fastgen::Model::load(settings.model_dir, settings.model_options);
   fastgen::Tokenizer tokenizer = fastgen::Tokenizer::load(settings.model_dir);
-  settings.options.eos_token_id = model.info().config.eos_token_id;
+  settings.options.eos_token_id = model.config().eos_token_id;
   const Application app{std::move(settings), std::move(model), std::move(tokenizer)};
 
   std::signal(SIGINT, [](int) { interrupted = 1; });
