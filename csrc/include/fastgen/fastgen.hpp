@@ -26,8 +26,7 @@
  * not copied, and one that was moved from may only be destroyed or assigned to. They keep alive
  * what they were made of. A `handle()` stays its object's: it is for calling fastgen.h directly.
  *
- * Every signature shows what C++ passes; parameters with a default say so. `@since` is as in
- * fastgen.h.
+ * `@since` is as in fastgen.h.
  */
 
 /* C++17 and later. */
