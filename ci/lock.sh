@@ -44,5 +44,6 @@ resolve uv uv
 resolve build build
 resolve run run
 resolve lint run lint
+resolve docs run docs
 resolve paddle26 run test paddle26
 resolve paddle33 run test paddle33

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every test, from a fresh clone: makes the environments, builds and installs fastgen, checks style
-# and types, and runs the tests against the installed package under two versions of Paddle.
+# and types, builds the site of docs/, and runs the tests against the installed package under two
+# versions of Paddle.
 #
 #   ci/test.sh                all of it; the exit status is not 0 if anything failed
 #   ci/test.sh -k <expr> ...  arguments go to pytest
@@ -70,7 +71,7 @@ newer_tests() { run_pytest paddle33 tests/parity tests/paddle "${pytest_argument
 
 stage environments both older_environment newer_environment || exit 1
 stage install install || exit 1
-stage lint ci/lint.sh || true
+stage lint-docs both ci/lint.sh ci/docs.sh || true
 rm -f "$logs"/pytest-*
 stage tests both older_tests newer_tests || true
 

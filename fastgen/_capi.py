@@ -124,7 +124,6 @@ class ModelInfo(Structure):
 
     _fields_ = [
         ("struct_size", c_size_t),
-        ("config", Config),
         ("device", c_char_p),
         ("isa", c_char_p),
         ("weight_dtype", c_char_p),
@@ -206,6 +205,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [POINTER(Config), POINTER(Tensor), c_size_t, POINTER(ModelOptions), POINTER(c_void_p)],
     ),
+    "fastgen_model_get_config": (c_int, [c_void_p, POINTER(Config)]),
     "fastgen_model_get_info": (c_int, [c_void_p, POINTER(ModelInfo)]),
     "fastgen_model_free": (None, [c_void_p]),
     "fastgen_model_logits": (c_int, [c_void_p, POINTER(c_int32), c_size_t, POINTER(c_float)]),

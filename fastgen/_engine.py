@@ -199,12 +199,15 @@ class Model:
     def info(self) -> ModelInfo:
         native = _capi.ModelInfo()
         native.struct_size = ctypes.sizeof(native)
-        native.config.struct_size = ctypes.sizeof(native.config)
+        config = _capi.Config()
+        config.struct_size = ctypes.sizeof(config)
+        library = _capi.library()
         with self:
-            _capi.check(_capi.library().fastgen_model_get_info(self.pointer, ctypes.byref(native)))
+            _capi.check(library.fastgen_model_get_info(self.pointer, ctypes.byref(native)))
+            _capi.check(library.fastgen_model_get_config(self.pointer, ctypes.byref(config)))
         values: dict[str, Any] = {}
         for field in dataclasses.fields(ModelInfo):
-            owner = native if hasattr(native, field.name) else native.config
+            owner = native if hasattr(native, field.name) else config
             value = getattr(owner, field.name)
             if isinstance(value, bytes):
                 value = value.decode()

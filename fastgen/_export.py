@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "scan_records",
     "special_tokens",
     "write_manifest",
+    "write_records",
 ]
 
 MANIFEST = "fastgen.json"
@@ -109,6 +110,36 @@ def scan_records(path: Path) -> list[Record]:
                 raise ModelFileError(f"{path} is truncated: it has {size} bytes of at least {at}")
             records.append(record)
     return records
+
+
+def write_records(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[int]:
+    """Writes a combined parameter file of Paddle, a tensor at a time.
+
+    Args:
+        path: the file.
+        tensors: names, which only errors tell, and arrays, in the file's order.
+
+    Yields:
+        The number of bytes of each tensor, once it is written.
+    """
+    vartypes = {name: vartype for vartype, name in _VARTYPES.items()}
+    with path.open("wb") as file:
+        for name, array in tensors:
+            if str(array.dtype) not in vartypes:
+                raise ModelFileError(f"tensor {name} is {array.dtype}, which {path} cannot hold")
+            desc = _varint(1 << 3) + _varint(vartypes[str(array.dtype)])
+            desc += b"".join(_varint(2 << 3) + _varint(size) for size in array.shape)
+            file.write(_RECORD_HEADER.pack(0, 0, 0, len(desc)) + desc)
+            file.write(np.ascontiguousarray(array).data)
+            yield array.nbytes
+
+
+def _varint(value: int) -> bytes:
+    data = b""
+    while value > 0x7F:
+        data += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return data + bytes([value])
 
 
 def _parse_desc(data: bytes, where: str) -> tuple[str, tuple[int, ...]]:

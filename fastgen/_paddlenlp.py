@@ -13,6 +13,7 @@ from fastgen._checkpoint import (
     LAYER_NAMES,
     PADDLENLP_EPS,
     Tensors,
+    drop_pages,
     huggingface_form,
     import_paddle,
     import_paddlenlp,
@@ -102,6 +103,7 @@ def build_paddlenlp(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
                 f"{list(state[name].shape)}"
             )
         state[name].set_value(np.ascontiguousarray(array, dtype=np.float32))
+        drop_pages(array)
     if "lm_head.weight" in tensors:
         head = np.ascontiguousarray(tensors["lm_head.weight"], dtype=np.float32)
         if not np.array_equal(head, np.asarray(tensors["wte.weight"], dtype=np.float32)):

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 
-from fastgen.errors import UnsupportedError
+from fastgen._export import PARAMETERS, scan_records, stored_array
+from fastgen.errors import ModelFileError, UnsupportedError
 from fastgen.faster_gpt import FasterGPT
 from fastgen.options import GenerationOptions
 
@@ -35,6 +37,38 @@ class _FixedOptions(paddle.nn.Layer):
         super().__init__()
         self.gpt = gpt
         self._arguments = arguments
+        # Of each parameter its number, under its name. Made here, where Paddle computes at once.
+        self._numbered = [value.name for value in super().to_static_state_dict().values()]
+        self._numbers = {}
+        for number, name in enumerate(self._numbered):
+            self._numbers[name] = paddle.full([1], number, dtype="float32")
+            self._numbers[name].name = name
+
+    def to_static_state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """What `paddle.jit.save` writes as parameters: their numbers.
+
+        Paddle makes two copies of all that it writes. So it is given no tensors, and the numbers in
+        its file tell where which tensor belongs.
+        """
+        state = super().to_static_state_dict(*arguments, **options)
+        return {key: self._numbers[value.name] for key, value in state.items()}
+
+    def saved_names(self, parameters: Path) -> list[str]:
+        """Paddle's names of the parameters, in the order of the file that it wrote.
+
+        Raises:
+            ModelFileError: the file is not one of numbers.
+        """
+        data = np.fromfile(parameters, dtype=np.uint8)
+        numbers = [stored_array(data, record) for record in scan_records(parameters)]
+        if any(
+            number.shape != (1,) or not 0 <= number[0] < len(self._numbered) for number in numbers
+        ):
+            raise ModelFileError(
+                f"{parameters} does not hold what Paddle was given to save: release "
+                f"{paddle.__version__} of Paddle saves in a way that is not known"
+            )
+        return [self._numbered[int(number[0])] for number in numbers]
 
     def forward(self, input_ids: Any, seq_len: Any) -> Any:
         return self.gpt(input_ids, seq_len=seq_len, **self._arguments)
@@ -101,11 +135,13 @@ def save_program(
     runtime_options: bool,
     program_format: str | None,
     decoding_lib: str | None,
-) -> str:
-    """Saves program and parameters of a PaddleNLP GPT as `folder`/gpt.*.
+) -> tuple[str, list[str]]:
+    """Saves the program of a PaddleNLP GPT as `folder`/gpt.*, without its parameters: what stands
+    in gpt.pdiparams is to be replaced by them.
 
     Returns:
-        File name of the program.
+        File name of the program, and Paddle's names of the parameters in the order in which the
+        program loads them.
     """
     name = program_file(program_format)
     gpt = FasterGPT(model, decoding_lib=decoding_lib)
@@ -124,4 +160,4 @@ def save_program(
         specs = [paddle.static.InputSpec(list(shape), dtype, feed) for feed, dtype, shape in inputs]
         program = paddle.jit.to_static(layer, input_spec=specs, full_graph=True)
         paddle.jit.save(program, str(folder / "gpt"))
-    return name
+    return name, layer.saved_names(folder / PARAMETERS)

@@ -9,16 +9,22 @@ import contextlib
 import dataclasses
 import os
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 from fastgen import _export, models
-from fastgen._checkpoint import check_destination, import_paddle, load_directory, new_directory
+from fastgen._checkpoint import (
+    check_destination,
+    drop_pages,
+    import_paddle,
+    load_directory,
+    new_directory,
+)
 from fastgen._cli_options import model_option, option, sampling_options
 from fastgen._paddlenlp import build_paddlenlp
 from fastgen.errors import InvalidArgumentError, ModelFileError
@@ -99,17 +105,16 @@ def export(
         tensors.clear()
         if use_fp16_decoding:
             model.to(dtype="float16")
-        parameters = dict(model.named_parameters())
-        total = sum(_num_bytes(value) for value in parameters.values())
-        with _growth(new / _export.PARAMETERS, total, progress):
-            name = save_program(
-                model,
-                options,
-                new,
-                runtime_options=runtime_options,
-                program_format=program_format,
-                decoding_lib=decoding_lib,
-            )
+        name, order = save_program(
+            model,
+            options,
+            new,
+            runtime_options=runtime_options,
+            program_format=program_format,
+            decoding_lib=decoding_lib,
+        )
+        parameters = _in_order(dict(model.named_parameters()), order)
+        _write_parameters(new / _export.PARAMETERS, parameters, progress)
         records = _locate(new / _export.PARAMETERS, parameters)
         inputs = INPUTS + RUNTIME_INPUTS if runtime_options else INPUTS
         _export.write_manifest(
@@ -167,6 +172,7 @@ def _check_float16(tensors: Mapping[str, np.ndarray]) -> None:
                     f"tensor {name} has values that float16 cannot hold: leave use_fp16_decoding "
                     "out"
                 )
+        drop_pages(array)
 
 
 def _native_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,63 +211,66 @@ def _num_bytes(parameter: Any) -> int:
     return int(np.prod(parameter.shape)) * (2 if "16" in str(parameter.dtype) else 4)
 
 
-def _locate(path: Path, parameters: Mapping[str, Any]) -> dict[str, _export.Record]:
-    """Which tensor lies where in what Paddle wrote.
+def _in_order(parameters: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """Parameters in the order in which the program loads them.
 
-    The file has no names: its order is that of Paddle's own names of the variables. The bytes are
-    compared too, because nothing promises that order.
+    Args:
+        parameters: by PaddleNLP's names.
+        order: Paddle's own names.
+    """
+    by_name = {parameter.name: name for name, parameter in parameters.items()}
+    if sorted(by_name) != sorted(order):
+        different = sorted(set(by_name) ^ set(order))
+        raise ModelFileError(
+            f"the program loads {len(order)} tensors, the model has {len(by_name)}; they differ in "
+            f"{', '.join(different[:3])}: this release of Paddle saves in a way that is not known"
+        )
+    return {by_name[name]: parameters[by_name[name]] for name in order}
+
+
+def _write_parameters(path: Path, parameters: Mapping[str, Any], progress: bool) -> None:
+    """Writes `gpt.pdiparams`, a tensor at a time."""
+    total = sum(_num_bytes(parameter) for parameter in parameters.values())
+    arrays = ((name, parameter.numpy()) for name, parameter in parameters.items())
+    with tqdm(
+        desc="export",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        leave=False,
+        disable=not (progress and sys.stderr.isatty()),
+    ) as bar:
+        for num_bytes in _export.write_records(path, arrays):
+            bar.update(num_bytes)
+
+
+def _locate(path: Path, parameters: Mapping[str, Any]) -> dict[str, _export.Record]:
+    """Which tensor lies where, out of the file as it lies on the disk.
+
+    The file has no names, so the bytes of every tensor are compared with the parameter's.
 
     Raises:
         ModelFileError: the file does not hold these parameters.
     """
     records = _export.scan_records(path)
-    ordered = sorted(parameters.items(), key=lambda item: item[1].name)
-    if len(ordered) != len(records):
-        raise ModelFileError(
-            f"{path} has {len(records)} tensors, the model {len(ordered)}: this release of Paddle "
-            "writes parameters in a form that is not known"
-        )
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    if len(records) != len(parameters):
+        raise ModelFileError(f"{path} has {len(records)} tensors, the model {len(parameters)}")
     located: dict[str, _export.Record] = {}
-    for (name, parameter), record in zip(ordered, records):
-        stored = _export.stored_array(data, record)
-        values = parameter.numpy()
-        if stored.shape != values.shape or stored.tobytes() != values.tobytes():
-            raise ModelFileError(
-                f"{path} does not have tensor {name} where it should: this release of Paddle "
-                "orders parameters in a way that is not known"
+    with path.open("rb") as file:
+        for (name, parameter), record in zip(parameters.items(), records):
+            values = parameter.numpy()
+            file.seek(record.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=record.num_bytes)
+            same = (
+                record.shape == values.shape
+                and record.dtype == str(values.dtype)
+                and np.array_equal(data, values.view(np.uint8).reshape(-1))
             )
-        located[name] = record
+            if not same:
+                raise ModelFileError(f"{path} does not have tensor {name} where it should")
+            located[name] = record
     return located
-
-
-@contextlib.contextmanager
-def _growth(path: Path, total: int, progress: bool) -> Iterator[None]:
-    """A bar of how much of a file has been written: Paddle itself does not report."""
-    if not progress or not sys.stderr.isatty():
-        yield
-        return
-    from tqdm import tqdm
-
-    done = threading.Event()
-    with tqdm(
-        desc="export", total=total, unit="B", unit_scale=True, file=sys.stderr, leave=False
-    ) as bar:
-
-        def watch() -> None:
-            while not done.wait(0.1):
-                with contextlib.suppress(OSError):
-                    bar.update(min(path.stat().st_size, total) - bar.n)
-                bar.refresh()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-            bar.update(total - bar.n)
-        finally:
-            done.set()
-            thread.join()
 
 
 # ---- Command -----------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class GenerationInterrupted(KeyboardInterrupt):
 
 
 class Generator:
-    """A model in memory.
+    """A model in memory, made by :meth:`from_pretrained` or :meth:`from_tensors`.
 
     Any number of threads may use one; their requests take turns step by step. Use it as a context
     manager, or call :meth:`close`, to give its memory back at a certain time.
@@ -297,7 +297,7 @@ class Generator:
             token_ids: [length], at least one and at most `info.max_positions`.
 
         Returns:
-            [length, vocab] float32; row i is the distribution after `token_ids[: i + 1]`.
+            [length, vocab] float32; row i is the distribution after the tokens up to index i.
         """
         (ids,) = self._encode_batch([_as_ids(token_ids, "token_ids")])
         return self._model.logits(ids, self.info.vocab_size)

@@ -121,13 +121,20 @@ fastgen_status fastgen_model_create(const fastgen_config* config, const fastgen_
   });
 }
 
+fastgen_status fastgen_model_get_config(const fastgen_model* model, fastgen_config* config) {
+  return Guard([&] {
+    CheckNotNull(model, "model");
+    CheckNotNull(config, "config");
+    api::WriteStruct(api::FromConfig(model->model->config()), "config", config);
+  });
+}
+
 fastgen_status fastgen_model_get_info(const fastgen_model* model, fastgen_model_info* info) {
   return Guard([&] {
     CheckNotNull(model, "model");
     CheckNotNull(info, "info");
     const engine::DeviceInfo& device = model->model->device().info();
     fastgen_model_info result = {};
-    result.config = api::FromConfig(model->model->config());
     result.device = device.device.c_str();
     result.isa = device.isa.c_str();
     result.weight_dtype = device.weight_dtype.c_str();

@@ -307,7 +307,7 @@ int Main(int argc, char** argv) {
   Model model = Model::load(settings.model_dir, settings.model_options);
   std::optional<Tokenizer> tokenizer;
   if (!settings.prompts.are_ids()) tokenizer = LoadTokenizer(settings.model_dir);
-  settings.options.eos_token_id = settings.eos_token_id.value_or(model.info().config.eos_token_id);
+  settings.options.eos_token_id = settings.eos_token_id.value_or(model.config().eos_token_id);
   const Application app{std::move(settings), std::move(prompts), std::move(model),
                         std::move(tokenizer)};
 

@@ -70,10 +70,10 @@ void Try(const std::string& directory, const std::string& damage, bool must_fail
       std::fprintf(stderr, "%s was loaded\n", damage.c_str());
       std::exit(1);
     }
-    fastgen_model_info info = {};
-    info.struct_size = sizeof info;
-    fastgen_model_get_info(model, &info);
-    std::vector<float> logits(static_cast<size_t>(info.config.vocab_size));
+    fastgen_config config;
+    fastgen_config_init(&config);
+    fastgen_model_get_config(model, &config);
+    std::vector<float> logits(static_cast<size_t>(config.vocab_size));
     const int32_t token = 0;
     if (fastgen_model_logits(model, &token, 1, logits.data()) != FASTGEN_OK) std::exit(1);
     fastgen_model_free(model);

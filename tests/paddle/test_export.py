@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fastgen import FasterGPT, GenerationOptions, Generator, export_model
+from fastgen import FasterGPT, GenerationOptions, Generator, _program, export_model
 from fastgen.convert import to_paddlenlp
 from fastgen.errors import InvalidArgumentError, ModelFileError, UnsupportedError
 from fastgen.export_model import export
@@ -199,6 +199,86 @@ def test_nothing_is_left_of_a_failure(
         export(source, directory, GREEDY, force=True)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert list(tmp_path.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("program_format", FORMATS)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_weights_are_written_as_paddle_writes_them(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program_format: str,
+    half: bool,
+) -> None:
+    theirs = tmp_path / "theirs.pdiparams"
+    real_save = paddle.jit.save
+
+    def save_both(program: Any, path: str) -> None:
+        with monkeypatch.context() as context:
+            context.delattr(_program._FixedOptions, "to_static_state_dict")
+            real_save(program, path)
+        Path(f"{path}.pdiparams").rename(theirs)
+        real_save(program, path)
+
+    monkeypatch.setattr(paddle.jit, "save", save_both)
+    directory = export(
+        source, tmp_path / "export", use_fp16_decoding=half, program_format=program_format
+    )
+    assert (directory / "gpt.pdiparams").read_bytes() == theirs.read_bytes()
+
+
+def test_a_paddle_that_saves_in_another_way_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.delattr(_program._FixedOptions, "to_static_state_dict")
+        with pytest.raises(ModelFileError, match="does not hold what Paddle was given to save"):
+            export(source, tmp_path / "export", SAMPLING)
+    model, _ = to_paddlenlp(source)
+    parameters = dict(model.named_parameters())
+    order = [parameter.name for parameter in parameters.values()]
+    assert list(export_model._in_order(parameters, order[::-1])) == list(parameters)[::-1]
+    with pytest.raises(ModelFileError, match=f"they differ in {order[3]}: "):
+        export_model._in_order(parameters, order[:3] + order[4:])
+    path = tmp_path / "gpt.pdiparams"
+    export_model._write_parameters(path, parameters, progress=False)
+    located = export_model._locate(path, parameters)
+    with path.open("r+b") as file:
+        file.seek(located["gpt.decoder.norm.bias"].offset + 7)
+        file.write(b"\x55")
+    with pytest.raises(ModelFileError, match=r"does not have tensor gpt\.decoder\.norm\.bias"):
+        export_model._locate(path, parameters)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+MEMORY = """
+import resource, sys, zlib
+from pathlib import Path
+import paddle, paddlenlp.transformers
+from fastgen.export_model import export
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+directory = export(sys.argv[1], sys.argv[2], tokenizer=False)
+print((peak() - before) / (directory / "gpt.pdiparams").stat().st_size)
+"""
+
+
+def test_exporting_holds_the_weights_about_once(tmp_path: Path) -> None:
+    model = write_model(
+        tmp_path / "model", GPTShape(2000, 64, 512, 16, 8, 2048), WeightRecipe(seed=5)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(model), str(tmp_path / "export")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    # Paddle's own parameters, and what a tensor takes on its way.
+    assert float(done.stdout.splitlines()[-1]) < 1.7
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import fastgen
-from fastgen import _capi
+from fastgen import Generator, _capi
 from fastgen.errors import (
     InternalError,
     InvalidArgumentError,
@@ -33,6 +33,7 @@ from fastgen.errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from fastgen.models import DEFAULT_MODEL
 
 SCALARS = {
     "int": c_int,
@@ -146,6 +147,32 @@ def test_the_library_agrees_on_sizes(init: str, structure: type[ctypes.Structure
     native = structure()
     getattr(_capi.library(), init)(ctypes.byref(native))
     assert native.struct_size == ctypes.sizeof(structure)
+
+
+@pytest.mark.parametrize(
+    ("get", "structure", "kept"),
+    [
+        ("fastgen_model_get_config", _capi.Config, "hidden_size"),
+        ("fastgen_model_get_info", _capi.ModelInfo, "weight_bytes"),
+    ],
+)
+def test_a_program_of_an_older_header_gets_the_members_it_has(
+    get: str, structure: type[ctypes.Structure], kept: str
+) -> None:
+    """Structures may grow at their end: each is filled as far as `struct_size` says."""
+    full, short, unset = structure(), structure(), structure()
+    full.struct_size = ctypes.sizeof(structure)
+    short.struct_size = getattr(structure, kept).offset
+    with Generator.from_pretrained(DEFAULT_MODEL) as generator:
+        pointer = generator._model.pointer
+        for filled in (full, short):
+            _capi.check(getattr(_capi.library(), get)(pointer, ctypes.byref(filled)))
+        status = getattr(_capi.library(), get)(pointer, ctypes.byref(unset))
+    assert status == _capi.INVALID_ARGUMENT
+    assert "struct_size is 0" in _capi.last_error()
+    assert getattr(full, kept) > 0
+    assert getattr(short, kept) == 0
+    assert bytes(short)[8 : short.struct_size] == bytes(full)[8 : short.struct_size]
 
 
 def test_status_becomes_an_exception_with_the_librarys_sentence() -> None:

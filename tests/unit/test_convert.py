@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastgen import Generator, convert, models
+from fastgen._checkpoint import drop_pages
 from fastgen.testing.reference import gpt2_logits, normalised_error
 
 PROMPT = [5, 6, 7, 300, 11, 2]
@@ -158,6 +159,23 @@ def test_a_separate_head_is_kept(tiny: Any, checkpoint: Callable[..., Path]) -> 
     with Generator.from_tensors(config, converted) as generator:
         expected = gpt2_logits(config, converted, PROMPT)
         assert normalised_error(generator.logits(PROMPT), expected) < 1e-10
+
+
+def test_tensors_are_mapped_at_any_address(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    path = tmp_path / "odd.safetensors"
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    for padding in range(5):
+        text = header + b" " * padding
+        path.write_bytes(len(text).to_bytes(8, "little") + text + values.tobytes())
+        array = convert.read_safetensors(path)["x"]
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+        for _ in range(2):
+            np.testing.assert_array_equal(array, values)
+            drop_pages(array)  # what is read again comes back
+    drop_pages(values)  # is in memory, and stays there
+    assert values[1, 2] == 5
 
 
 def test_bfloat16_files_are_read(tmp_path: Path) -> None:

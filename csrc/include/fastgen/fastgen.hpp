@@ -2,18 +2,34 @@
  * @file fastgen.hpp
  * @brief C++17 over fastgen.h: ownership, exceptions, vectors. Header-only; link libfastgen.
  *
- *     fastgen::Model model = fastgen::Model::load("gpt2");
- *     fastgen::Tokenizer tokenizer = fastgen::Tokenizer::load("gpt2");
- *     fastgen::Options options;
- *     options.max_length = 32;
- *     options.eos_token_id = model.info().config.eos_token_id;
- *     for (const fastgen::TextResult& result :
- *          model.generate(tokenizer, {"The answer is"}, options)) {
- *       use(result.text);
- *     }
+ * @code
+ * fastgen::Model model = fastgen::Model::load("gpt2");
+ * fastgen::Tokenizer tokenizer = fastgen::Tokenizer::load("gpt2");
+ * fastgen::Options options;
+ * options.max_length = 32;
+ * options.eos_token_id = model.config().eos_token_id;
+ * for (const fastgen::TextResult& result : model.generate(tokenizer, {"The answer is"}, options)) {
+ *   use(result.text);
+ * }
+ * @endcode
  *
- * What fastgen.h says of options, threads and failures holds here too.
+ * What fastgen.h says of options, shapes and units holds here too.
+ *
+ * **Errors.** Functions that can fail throw fastgen::Error, with the status and the sentence of the
+ * C function behind them, or what the standard library throws when memory runs out. A failed call
+ * leaves its object usable.
+ *
+ * **Threads.** Any number of threads may use a `Model` or a `Tokenizer` at the same time; a
+ * `Session` and a `TextStream` are for one thread at a time.
+ *
+ * **Ownership.** Objects own what is behind them and give it back when they go; they can be moved,
+ * not copied, and one that was moved from may only be destroyed or assigned to. They keep alive
+ * what they were made of. A `handle()` stays its object's: it is for calling fastgen.h directly.
+ *
+ * `@since` is as in fastgen.h.
  */
+
+/* C++17 and later. */
 #ifndef FASTGEN_FASTGEN_HPP_
 #define FASTGEN_FASTGEN_HPP_
 
@@ -32,11 +48,20 @@
 
 namespace fastgen {
 
-/** A call of the library failed; what() names the option, the value and what is allowed. */
+/**
+ * A call of the library failed; what() names the option, the value and what is allowed.
+ * @since 0.1
+ */
 class Error : public std::runtime_error {
  public:
+  /**
+   * What a call said.
+   * @param status its result
+   * @param message one sentence
+   */
   Error(fastgen_status status, const std::string& message)
       : std::runtime_error(message), status_(status) {}
+  /** Which kind of failure it is. */
   fastgen_status status() const noexcept { return status_; }
 
  private:
@@ -67,57 +92,103 @@ struct Progress {
 
 }  // namespace detail
 
-/** Version of the library, "major.minor.patch". */
+/**
+ * Version of the library that runs.
+ * @return "major.minor.patch"
+ * @since 0.1
+ */
 inline std::string version() { return fastgen_version(); }
 
-/** Shape of a network; every member starts as in fastgen_config_init(). */
+/**
+ * Shape of a network, with the members of ::fastgen_config.
+ * @since 0.1
+ */
 struct Config : fastgen_config {
+  /** As fastgen_config_init() fills it. */
   Config() { fastgen_config_init(this); }
 };
 
-/** Options of one request; every member starts as in fastgen_options_init(). */
+/**
+ * Options of one request, with the members of ::fastgen_options.
+ * @since 0.1
+ */
 struct Options : fastgen_options {
+  /** As fastgen_options_init() fills them: greedy search for 20 tokens. */
   Options() { fastgen_options_init(this); }
 };
 
-/** How a model is loaded. Empty strings and 0 are the defaults. */
+/**
+ * How a model is loaded.
+ * @since 0.1
+ */
 struct ModelOptions {
+  /** Where the model runs; empty: "cpu". */
   std::string device;
+  /** Kernel set; empty: the environment variable `FASTGEN_ISA`, else the best one. */
   std::string isa;
+  /** Type that weights are packed as; empty: "float32". */
   std::string weight_dtype;
+  /** Threads that compute; 0: the environment variable `FASTGEN_NUM_THREADS`, else the processors
+   *  that this process may use. */
   std::int32_t num_threads = 0;
-  /** Called with bytes packed and bytes in total. Loading goes on if it throws; the exception comes
-   *  out of load() or create() afterwards. */
+  /** Called with bytes packed and bytes in total, on the loading thread; may be empty. Loading goes
+   *  on if it throws; the exception comes out of load() or create() afterwards. */
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
 };
 
-/** One sequence, as far as it has come. */
+/**
+ * One sequence, as far as it has come.
+ * @since 0.1
+ */
 struct Result {
-  std::vector<std::int32_t> tokens; /**< new tokens only */
+  /** New tokens only. */
+  std::vector<std::int32_t> tokens;
+  /** Why it ended, or ::FASTGEN_RUNNING. */
   fastgen_finish_reason finish_reason = FASTGEN_RUNNING;
-  float score = 0.0f;         /**< fastgen_sequence::score */
-  std::uint64_t seed = 0;     /**< the seed used, drawn or given */
-  std::uint32_t sequence = 0; /**< the sequence index used */
-  std::vector<float> logits;  /**< [tokens, vocab_size] if keep_logits was set */
+  /** See fastgen_sequence::score. */
+  float score = 0.0f;
+  /** The seed used, drawn or given. */
+  std::uint64_t seed = 0;
+  /** The sequence index used. */
+  std::uint32_t sequence = 0;
+  /** [tokens.size(), vocab_size] if `keep_logits` was set, else empty. */
+  std::vector<float> logits;
 };
 
-/** A sequence as text. */
+/**
+ * A sequence as text.
+ * @since 0.1
+ */
 struct TextResult : Result {
-  std::vector<std::int32_t> prompt; /**< the prompt's tokens */
-  std::string text;                 /**< of the new tokens, without eos and special tokens; UTF-8 */
+  /** The prompt's tokens. */
+  std::vector<std::int32_t> prompt;
+  /** Of the new tokens, without eos and special tokens; UTF-8. */
+  std::string text;
 };
 
-/** Byte-level BPE of a model directory. Any number of threads may use one; movable, not copyable. */
+/**
+ * Byte-level BPE of a model directory: text to token ids and back. Any number of threads may use
+ * one at the same time.
+ * @since 0.1
+ */
 class Tokenizer {
  public:
-  /** Loads the tokenizer of a model directory, see fastgen_tokenizer_load(). */
+  /**
+   * Loads the tokenizer of a model directory, see fastgen_tokenizer_load().
+   * @param directory its path
+   * @throws Error there is none, a file is damaged, or it is of another kind
+   */
   static Tokenizer load(const std::string& directory) {
     fastgen_tokenizer* handle = nullptr;
     detail::check(fastgen_tokenizer_load(directory.c_str(), &handle));
     return Tokenizer(handle);
   }
 
-  /** Token ids of a text, see fastgen_tokenizer_encode(). */
+  /**
+   * Token ids of a text, see fastgen_tokenizer_encode().
+   * @param text UTF-8; other bytes are encoded as themselves
+   * @throws Error the text is too long, or the vocabulary has no token for a byte
+   */
   std::vector<std::int32_t> encode(const std::string& text) const {
     std::vector<std::int32_t> tokens(text.size());
     std::size_t length = 0;
@@ -127,7 +198,12 @@ class Tokenizer {
     return tokens;
   }
 
-  /** Text of token ids, valid UTF-8, see fastgen_tokenizer_decode(). */
+  /**
+   * Text of token ids, valid UTF-8, see fastgen_tokenizer_decode().
+   * @param tokens each at least 0; those that the vocabulary lacks are left out
+   * @param skip_special_tokens true (the default): special tokens are left out
+   * @throws Error a token is negative
+   */
   std::string decode(const std::vector<std::int32_t>& tokens,
                      bool skip_special_tokens = true) const {
     std::string text(8 * tokens.size(), '\0');  // enough for most; if not, once more
@@ -142,7 +218,11 @@ class Tokenizer {
     }
   }
 
-  /** Id of one token as the vocabulary writes it, e.g. "<|endoftext|>"; -1: it has no such token. */
+  /**
+   * Id of one token as the vocabulary writes it, e.g. "<|endoftext|>".
+   * @param token its text, without a NUL
+   * @return -1: the vocabulary has no such token
+   */
   std::int32_t token_id(const std::string& token) const {
     std::int32_t id = -1;
     detail::check(fastgen_tokenizer_token_id(handle_.get(), token.c_str(), &id));
@@ -152,6 +232,7 @@ class Tokenizer {
   /** Number of tokens, special ones included. */
   std::size_t vocab_size() const { return fastgen_tokenizer_vocab_size(handle_.get()); }
 
+  /** For fastgen.h; it stays this object's. */
   fastgen_tokenizer* handle() const noexcept { return handle_.get(); }
 
  private:
@@ -162,10 +243,17 @@ class Tokenizer {
   std::unique_ptr<fastgen_tokenizer, Free> handle_;
 };
 
-/** Decodes tokens as they come, never half a character. One thread at a time; it keeps its
- *  tokenizer alive; movable, not copyable. */
+/**
+ * Decodes tokens as they come, never half a character. One thread at a time.
+ * @since 0.1
+ */
 class TextStream {
  public:
+  /**
+   * A stream at the beginning of a sequence. It keeps what is behind the tokenizer alive.
+   * @param tokenizer the tokenizer
+   * @param skip_special_tokens true (the default): special tokens are left out
+   */
   explicit TextStream(const Tokenizer& tokenizer, bool skip_special_tokens = true) {
     fastgen_text_stream* handle = nullptr;
     detail::check(
@@ -173,16 +261,31 @@ class TextStream {
     handle_.reset(handle);
   }
 
-  /** Adds `length` tokens; returns the text that is now certain, often none. */
+  /**
+   * Adds tokens.
+   * @param tokens [length], each at least 0
+   * @param length how many
+   * @return the text that is now certain, often none
+   * @throws Error a token is negative; nothing is added then
+   */
   std::string push(const std::int32_t* tokens, std::size_t length) {
     const char* text = nullptr;
     std::size_t size = 0;
     detail::check(fastgen_text_stream_push(handle_.get(), tokens, length, &text, &size));
     return std::string(text, size);
   }
+  /**
+   * Adds one token.
+   * @param token at least 0
+   * @return the text that is now certain, often none
+   * @throws Error the token is negative; nothing is added then
+   */
   std::string push(std::int32_t token) { return push(&token, 1); }
 
-  /** The rest, at the end of a sequence. The stream may then begin another one. */
+  /**
+   * The end of a sequence. The stream may then begin another one.
+   * @return the rest: an incomplete character as U+FFFD, often nothing
+   */
   std::string flush() {
     const char* text = nullptr;
     std::size_t size = 0;
@@ -199,13 +302,28 @@ class TextStream {
 
 class Model;
 
-/** Requests that run together on one model. One thread at a time; movable, not copyable. */
+/**
+ * Requests that run together on one model, in the order of submission. One thread at a time;
+ * sessions of one model on different threads take turns.
+ * @since 0.1
+ */
 class Session {
  public:
-  /** @param max_rows sequences decoded together; 0 is the default */
+  /**
+   * A session without requests. It keeps what is behind the model alive.
+   * @param model the model
+   * @param max_rows sequences decoded together, 1 to 4096, more wait; 0 (the default): 256
+   * @throws Error `max_rows` is outside what is allowed
+   */
   explicit Session(const Model& model, std::int32_t max_rows = 0);
 
-  /** Adds a request. Its sequences have the ids returned, +1, ... (num_return_sequences of them). */
+  /**
+   * Adds a request, see fastgen_session_submit().
+   * @param prompt token ids, at least one
+   * @param options of the request; the defaults if left out
+   * @return id of its first sequence; the others of `num_return_sequences` have the ids after it
+   * @throws Error an option, the length or a token is outside what is allowed
+   */
   std::uint64_t submit(const std::vector<std::int32_t>& prompt, const Options& options = {}) {
     std::uint64_t first_id = 0;
     detail::check(
@@ -213,14 +331,25 @@ class Session {
     return first_id;
   }
 
-  /** Runs up to `max_steps` steps; returns how many sequences still run or wait. */
+  /**
+   * Runs steps, see fastgen_session_step().
+   * @param max_steps at least 0; 1 if left out
+   * @return how many sequences still run or wait
+   * @throws Error `max_steps` is negative, or sequences failed, which are then ended with
+   *         ::FASTGEN_FINISH_FAILED; all others go on with the next call
+   */
   std::size_t step(std::int32_t max_steps = 1) {
     std::size_t unfinished = 0;
     detail::check(fastgen_session_step(handle_.get(), max_steps, &unfinished));
     return unfinished;
   }
 
-  /** State of a sequence without a copy: pointers live until the next step or release. */
+  /**
+   * State of a sequence without a copy.
+   * @param id of a sequence that has not been released
+   * @return its pointers live until it is released, or the session steps or goes
+   * @throws Error the session has no such sequence
+   */
   fastgen_sequence view(std::uint64_t id) const {
     fastgen_sequence sequence = {};
     sequence.struct_size = sizeof sequence;
@@ -228,7 +357,11 @@ class Session {
     return sequence;
   }
 
-  /** State of a sequence. */
+  /**
+   * State of a sequence.
+   * @param id of a sequence that has not been released
+   * @throws Error the session has no such sequence
+   */
   Result get(std::uint64_t id) const {
     const fastgen_sequence from = view(id);
     Result result;
@@ -241,12 +374,21 @@ class Session {
     return result;
   }
 
-  /** Ends a sequence where it is; its tokens stay readable. */
+  /**
+   * Ends a sequence where it is; its tokens stay readable. Ending an ended one does nothing.
+   * @param id of a sequence that has not been released
+   * @throws Error the session has no such sequence
+   */
   void cancel(std::uint64_t id) { detail::check(fastgen_session_cancel(handle_.get(), id)); }
 
-  /** Forgets a sequence, ending it first if it runs. */
+  /**
+   * Forgets a sequence and its tokens, ending it first if it runs.
+   * @param id of a sequence that has not been released
+   * @throws Error the session has no such sequence
+   */
   void release(std::uint64_t id) { detail::check(fastgen_session_release(handle_.get(), id)); }
 
+  /** For fastgen.h; it stays this object's. */
   fastgen_session* handle() const noexcept { return handle_.get(); }
 
  private:
@@ -257,24 +399,39 @@ class Session {
   std::size_t vocab_size_ = 0;
 };
 
-/** A network with its weights. Any number of threads may use one; movable, not copyable. */
+/**
+ * A network with its weights. Any number of threads may use one at the same time.
+ * @since 0.1
+ */
 class Model {
  public:
-  /** A token of a running generation. Return false to end that sequence there.
-   *  @param index of the sequence among the results of generate() */
+  /** Told of a token of a running generation, on the thread that called generate(): index of the
+   *  sequence among the results, and the token. Returning false ends that sequence there. What it
+   *  throws ends the generation and comes out of generate(). */
   using OnToken = std::function<bool(std::size_t index, std::int32_t token)>;
 
-  /** A piece of text of a running generation. Return false to end that sequence there. */
+  /** Told of a piece of text of a running generation, otherwise as `OnToken`. */
   using OnText = std::function<bool(std::size_t index, const std::string& piece)>;
 
-  /** Loads a model directory, see fastgen_model_load(). */
+  /**
+   * Loads a model directory, see fastgen_model_load().
+   * @param directory its path
+   * @param options how; the defaults if left out
+   * @throws Error a file is missing or damaged, or an option cannot be had
+   */
   static Model load(const std::string& directory, const ModelOptions& options = {}) {
     return make(options, [&](const fastgen_model_options* c_options, fastgen_model** model) {
       return fastgen_model_load(directory.c_str(), c_options, model);
     });
   }
 
-  /** Makes a model of tensors in memory, see fastgen_model_create(). */
+  /**
+   * Makes a model of tensors in memory, see fastgen_model_create().
+   * @param config shape of the network
+   * @param tensors read during the call only
+   * @param options how; the defaults if left out
+   * @throws Error tensors and configuration do not fit, or an option cannot be had
+   */
   static Model create(const Config& config, const std::vector<fastgen_tensor>& tensors,
                       const ModelOptions& options = {}) {
     return make(options, [&](const fastgen_model_options* c_options, fastgen_model** model) {
@@ -282,7 +439,14 @@ class Model {
     });
   }
 
-  /** What the model is and costs; strings live as long as the model. */
+  /** Shape and special tokens of the network. */
+  Config config() const {
+    Config config;
+    detail::check(fastgen_model_get_config(handle_.get(), &config));
+    return config;
+  }
+
+  /** How the model was loaded and what it costs; strings live as long as the model. */
   fastgen_model_info info() const {
     fastgen_model_info info = {};
     info.struct_size = sizeof info;
@@ -290,24 +454,32 @@ class Model {
     return info;
   }
 
-  /** Logits after every token, [tokens.size(), vocab_size]. */
+  /**
+   * Logits of every position of one token sequence, without generating.
+   * @param tokens 1 to max_positions of them
+   * @return [tokens.size(), vocab_size]: row i is the distribution after tokens[0..i]
+   * @throws Error the length or a token is outside what is allowed
+   */
   std::vector<float> logits(const std::vector<std::int32_t>& tokens) const {
-    const fastgen_config config = info().config;
+    const Config shape = config();
     // The library refuses other lengths: no memory for those.
     const bool fits =
-        !tokens.empty() && tokens.size() <= static_cast<std::size_t>(config.max_positions);
+        !tokens.empty() && tokens.size() <= static_cast<std::size_t>(shape.max_positions);
     const std::size_t rows = fits ? tokens.size() : 1;
-    std::vector<float> result(rows * static_cast<std::size_t>(config.vocab_size));
+    std::vector<float> result(rows * static_cast<std::size_t>(shape.vocab_size));
     detail::check(fastgen_model_logits(handle_.get(), tokens.data(), tokens.size(), result.data()));
     return result;
   }
 
   /**
    * Generates for several prompts together and waits for all of them.
-   * @return num_return_sequences results per prompt, in the order of the prompts. With one seed for
-   *         all, the rows draw apart: result i has sequence index first_sequence + i.
-   * @param on_token called after every step for each new token; may be empty
-   * @param max_rows sequences decoded together, more wait; 0 is the default
+   * @param prompts token ids, at least one prompt of at least one token
+   * @param options of every prompt; the defaults if left out
+   * @param on_token called after every step for each new token; none if left out
+   * @param max_rows sequences decoded together, more wait; 0 (the default): 256
+   * @return `num_return_sequences` results per prompt, in the order of the prompts. With one seed
+   *         for all, the rows draw apart: result i has sequence index `first_sequence` + i.
+   * @throws Error a prompt or an option is outside what is allowed, or memory runs out
    */
   std::vector<Result> generate(const std::vector<std::vector<std::int32_t>>& prompts,
                                const Options& options = {}, const OnToken& on_token = {},
@@ -351,10 +523,16 @@ class Model {
   }
 
   /**
-   * Text in, text out, else as above. Set options.eos_token_id to info().config.eos_token_id to let
+   * Text in, text out, else as above. Set `options.eos_token_id` to `config().eos_token_id` to let
    * the model end its texts.
-   * @param on_text called after every step for each new piece of text, never half a character; may
-   *        be empty. The pieces of one index joined are its result's text.
+   * @param tokenizer the model's
+   * @param prompts texts, each at least one token long
+   * @param options of every prompt; the defaults if left out
+   * @param on_text called after every step for each new piece of text, never half a character; none
+   *        if left out. The pieces of one index joined are its result's text.
+   * @param max_rows sequences decoded together, more wait; 0 (the default): 256
+   * @return `num_return_sequences` results per prompt, in the order of the prompts
+   * @throws Error a prompt or an option is outside what is allowed, or memory runs out
    */
   std::vector<TextResult> generate(const Tokenizer& tokenizer,
                                    const std::vector<std::string>& prompts,
@@ -390,6 +568,7 @@ class Model {
     return results;
   }
 
+  /** For fastgen.h; it stays this object's. */
   fastgen_model* handle() const noexcept { return handle_.get(); }
 
  private:
@@ -423,7 +602,7 @@ class Model {
 };
 
 inline Session::Session(const Model& model, std::int32_t max_rows)
-    : vocab_size_(static_cast<std::size_t>(model.info().config.vocab_size)) {
+    : vocab_size_(static_cast<std::size_t>(model.config().vocab_size)) {
   fastgen_session_options options;
   fastgen_session_options_init(&options);
   options.max_rows = max_rows;
