@@ -28,7 +28,7 @@ from fastgen.convert import to_paddlenlp
 from fastgen.errors import InvalidArgumentError, ModelFileError, UnsupportedError
 from fastgen.export_model import export
 from fastgen.testing import strategies as fg
-from fastgen.testing.models import WeightRecipe, huggingface_tensors, make_tensors
+from fastgen.testing.models import GPTShape, WeightRecipe, huggingface_tensors, make_tensors
 
 # PIR, which saves programs as gpt.json, came with Paddle 3.
 NATIVE = "json" if paddle.__version__.startswith("3") else "pdmodel"
