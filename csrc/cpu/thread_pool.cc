@@ -77,10 +77,15 @@ struct ThreadPool::Shared {
     const int64_t begin = static_cast<int64_t>(word >> 32);
     const int64_t end = static_cast<int64_t>(word & 0xffffffffu);
     if (begin >= end) return false;
-    // `step` may be of a region that has just ended; what was claimed belongs to this one.
+    // `step` may be of a region that has just ended. What was claimed belongs to this one, and so
+    // does the grain now: it cannot end before this is done.
     const int64_t last = std::min(end, begin + static_cast<int64_t>(step));
-    body.load(std::memory_order_relaxed)(context.load(std::memory_order_relaxed), begin, last,
-                                         thread);
+    const int64_t most = grain.load(std::memory_order_relaxed);
+    const Erased run = body.load(std::memory_order_relaxed);
+    const void* const what = context.load(std::memory_order_relaxed);
+    for (int64_t first = begin; first < last; first += most) {
+      run(what, first, std::min(last, first + most), thread);
+    }
     done.fetch_add(last - begin, std::memory_order_release);
     return true;
   }

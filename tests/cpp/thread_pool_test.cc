@@ -48,6 +48,22 @@ void CheckRegion(ThreadPool* pool, int64_t tasks, int64_t grain) {
   }
 }
 
+// Long enough for workers to come and take their share, however few the cores.
+void Work() {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
+  while (std::chrono::steady_clock::now() < until) std::this_thread::yield();
+}
+
+// A region that ends only if two threads are in it at once.
+void Meet(ThreadPool* pool) {
+  std::atomic<int> here{0};
+  std::lock_guard<std::mutex> lock(pool->mutex());
+  pool->Run(2, 1, [&](int64_t, int64_t, int) {
+    ++here;
+    while (here < 2) std::this_thread::yield();
+  });
+}
+
 TEST(ThreadPool, RunsEveryTaskOnce) {
   std::mt19937_64 random(kSeed);
   for (const int threads : {1, 2, 3, 5, 16}) {
@@ -80,31 +96,40 @@ TEST(ThreadPool, PiecesOfOneThreadDoNotOverlap) {
   ThreadPool pool(8);
   std::vector<std::atomic<int>> inside(8);
   std::atomic<bool> shared{false};
-  for (int region = 0; region < 200; ++region) {
+  for (int region = 0; region < 50; ++region) {
     pool.Run(64, 1, [&](int64_t, int64_t, int thread) {
       std::atomic<int>& mine = inside[static_cast<size_t>(thread)];
       if (mine.fetch_add(1) != 0) shared = true;
+      Work();
       mine.fetch_sub(1);
     });
   }
   EXPECT_FALSE(shared);
 }
 
+TEST(ThreadPool, ThreadsRunAtOnce) {
+  for (const int threads : {2, 3, 9}) {
+    ThreadPool pool(threads);
+    for (int region = 0; region < 50; ++region) Meet(&pool);
+  }
+}
+
 TEST(ThreadPool, WhatARegionWroteIsSeenByTheNext) {
   // No atomics here: the pool itself must order the regions, which ThreadSanitizer checks.
   ThreadPool pool(4);
-  constexpr int64_t kSize = 257;
+  constexpr int64_t kSize = 37;
   std::vector<int64_t> values(kSize, 0);
   std::vector<int64_t> next(kSize, 0);
-  for (int64_t region = 0; region < 300; ++region) {
+  for (int64_t region = 0; region < 200; ++region) {
     pool.Run(kSize, 3, [&](int64_t begin, int64_t end, int) {
+      Work();
       for (int64_t i = begin; i < end; ++i) {
         next[static_cast<size_t>(i)] = values[static_cast<size_t>(kSize - 1 - i)] + 1;
       }
     });
     std::swap(values, next);
   }
-  for (const int64_t value : values) ASSERT_EQ(value, 300);
+  for (const int64_t value : values) ASSERT_EQ(value, 200);
 }
 
 TEST(ThreadPool, SlowPieceIsWaitedFor) {
@@ -220,7 +245,7 @@ template <typename Body>
 int StatusOfChild(const Body& body) {
   const pid_t child = fork();
   if (child == 0) {
-    alarm(60);
+    alarm(30);
     _exit(body());
   }
   int status = -1;
@@ -229,6 +254,7 @@ int StatusOfChild(const Body& body) {
 }
 
 int RegionsInChild(ThreadPool* pool) {
+  Meet(pool);
   for (int region = 0; region < 50; ++region) {
     std::vector<int> runs(64, 0);
     std::lock_guard<std::mutex> lock(pool->mutex());
