@@ -42,6 +42,7 @@ resolve() {
 
 resolve uv uv
 resolve build build
+resolve googletest googletest
 resolve run run
 resolve lint run lint
 resolve docs run docs

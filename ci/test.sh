@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every test, from a fresh clone: makes the environments, builds and installs fastgen, checks style
-# and types, builds the site of docs/, and runs the tests against the installed package under two
-# versions of Paddle.
+# and types, builds the site of docs/, runs the C++ tests plain and with sanitizers, and the others
+# against the installed package under two versions of Paddle.
 #
 #   ci/test.sh                all of it; the exit status is not 0 if anything failed
 #   ci/test.sh -k <expr> ...  arguments go to pytest
 #
-# Needs Python 3.11 (with venv), git and g++. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
+# Needs Python 3.11 (with venv), git, g++ and pkg-config. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
 # how many examples are tried (default: ci).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,6 +44,18 @@ both() {
 older_environment() { ci/env.sh paddle26 build paddle26; }
 newer_environment() { ci/env.sh paddle33 build paddle33; }
 
+# run_ctest <kind>...: one after the other, with half of the cores; see ci/ctest.sh.
+run_ctest() {
+  local kind status=0
+  for kind in "$@"; do
+    FASTGEN_JOBS=$((($(nproc) + 1) / 2)) ci/ctest.sh "$kind" 2>&1 |
+      tee "$logs/ctest-$kind.log" | sed -u "s/^/[$kind] /" || status=$?
+  done
+  return "$status"
+}
+cpp_address() { run_ctest address; }
+cpp_others() { run_ctest plain thread; }
+
 install() { ci/env.sh --project paddle26 && ci/env.sh --project paddle33; }
 
 # run_pytest <environment> <argument>...: against the installed package. The script `pytest` does
@@ -72,6 +84,7 @@ newer_tests() { run_pytest paddle33 tests/parity tests/paddle "${pytest_argument
 stage environments both older_environment newer_environment || exit 1
 stage install install || exit 1
 stage lint-docs both ci/lint.sh ci/docs.sh || true
+stage cpp both cpp_address cpp_others || true
 rm -f "$logs"/pytest-*
 stage tests both older_tests newer_tests || true
 

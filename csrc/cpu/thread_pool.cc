@@ -45,6 +45,12 @@ struct ThreadPool::Shared {
     std::atomic<uint64_t> next_and_end{0};  // next << 32 | end
   };
 
+  // What a worker is started with.
+  struct Worker {
+    Shared* shared;
+    int thread;
+  };
+
   explicit Shared(int threads) : shares(new Share[threads]), count(threads) {}
   ~Shared() { delete[] shares; }
 
@@ -60,6 +66,7 @@ struct ThreadPool::Shared {
   std::atomic<bool> stop{false};
   std::mutex sleep_mutex;
   std::condition_variable wake;
+  std::vector<Worker> arguments;
   std::vector<pthread_t> workers;
 
   bool RunOne(Share& share, int thread) {
@@ -70,10 +77,15 @@ struct ThreadPool::Shared {
     const int64_t begin = static_cast<int64_t>(word >> 32);
     const int64_t end = static_cast<int64_t>(word & 0xffffffffu);
     if (begin >= end) return false;
-    // `step` may be of a region that has just ended; what was claimed belongs to this one.
+    // `step` may be of a region that has just ended. What was claimed belongs to this one, and so
+    // does the grain now: it cannot end before this is done.
     const int64_t last = std::min(end, begin + static_cast<int64_t>(step));
-    body.load(std::memory_order_relaxed)(context.load(std::memory_order_relaxed), begin, last,
-                                         thread);
+    const int64_t most = grain.load(std::memory_order_relaxed);
+    const Erased run = body.load(std::memory_order_relaxed);
+    const void* const what = context.load(std::memory_order_relaxed);
+    for (int64_t first = begin; first < last; first += most) {
+      run(what, first, std::min(last, first + most), thread);
+    }
     done.fetch_add(last - begin, std::memory_order_release);
     return true;
   }
@@ -119,11 +131,6 @@ struct ThreadPool::Shared {
 };
 
 namespace {
-
-struct Worker {
-  void* shared;
-  int thread;
-};
 
 // Pools alive, so that fork can wait for them and the child can forget their threads.
 std::mutex& PoolsMutex() {
@@ -181,25 +188,24 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::Start() {
   std::unique_ptr<Shared> shared(new Shared(threads_));
+  // All memory first: no exception may leave while workers run.
   shared->workers.reserve(threads_);
+  for (int thread = 1; thread < threads_; ++thread) {
+    shared->arguments.push_back({shared.get(), thread});
+  }
   int error = 0;
-  for (int thread = 1; thread < threads_ && !error; ++thread) {
-    auto* worker = new Worker{shared.get(), thread};
+  for (Shared::Worker& worker : shared->arguments) {
     pthread_t id;
     error = pthread_create(
         &id, nullptr,
         [](void* argument) -> void* {
-          const Worker self = *static_cast<Worker*>(argument);
-          delete static_cast<Worker*>(argument);
-          static_cast<Shared*>(self.shared)->WorkerLoop(self.thread);
+          const auto* self = static_cast<const Shared::Worker*>(argument);
+          self->shared->WorkerLoop(self->thread);
           return nullptr;
         },
-        worker);
-    if (error) {
-      delete worker;
-    } else {
-      shared->workers.push_back(id);
-    }
+        &worker);
+    if (error) break;
+    shared->workers.push_back(id);
   }
   if (error) {
     const size_t started = shared->workers.size() + 1;

@@ -27,7 +27,7 @@ class ThreadPool {
   // Calls body(begin, end, thread) over [0, tasks) in pieces of at most `grain`, until all are
   // done. Each thread starts on its own share, the same in every call of the same size, so that
   // it meets the memory it touched before; who is done early takes from the others. The body must
-  // not throw. The caller holds mutex().
+  // not throw, and there are less than 2^31 tasks. The caller holds mutex().
   template <typename Body>
   void Run(int64_t tasks, int64_t grain, const Body& body) {
     RunErased(

@@ -62,7 +62,8 @@ class Device {
   // Gives the slot and its cache back.
   virtual void Close(int32_t slot) = 0;
 
-  // Writes prompt tokens into the cache. Chunks of a slot come in order and without gaps.
+  // Writes prompt tokens into the cache. Chunks of a slot come in order and without gaps; there is
+  // at least one chunk, of at least one token.
   virtual void Prefill(const PrefillChunk* chunks, size_t count) = 0;
   // Makes positions [0, count) of `to` equal to those of `from`, whose prompt begins alike.
   virtual void CopyPrefix(int32_t from, int32_t to, int32_t count) = 0;

@@ -200,7 +200,8 @@ void Session::Prefill() {
     left -= chunk.count;
   }
   try {
-    model_->device().Prefill(chunks.data(), chunks.size());
+    // None are left when a failure cut the copying below short: then only that is to be done.
+    if (!chunks.empty()) model_->device().Prefill(chunks.data(), chunks.size());
   } catch (...) {
     Fail(fed);
     throw;

@@ -13,24 +13,11 @@ import pytest
 
 import fastgen
 from fastgen import _capi
+from fastgen.models import DEFAULT_MODEL, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "csrc" / "include"
-
-C_PROGRAM = r"""
-#include <fastgen/fastgen.h>
-#include <stdio.h>
-#include <string.h>
-
-int main(void) {
-  fastgen_model* model = NULL;
-  if (fastgen_isa_count() < 1) return 1;
-  if (fastgen_model_load("/nonexistent/model", NULL, &model) != FASTGEN_NOT_FOUND) return 2;
-  if (model != NULL || strstr(fastgen_last_error(), "/nonexistent/model") == NULL) return 3;
-  puts(fastgen_version());
-  return 0;
-}
-"""
+CONSUMER = ROOT / "tests" / "cpp" / "consumer"
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
@@ -154,10 +141,14 @@ def test_headers_compile_alone_without_warnings(
 
 
 class Tree:
-    """An installed tree, moved away from where it was installed to."""
+    """A build, and the tree that it installs, moved away from where it was installed to.
+
+    tests/cpp/consumer/check.cmake installs and moves it, and builds and runs the C and the C++
+    application beside it, by find_package and by pkg-config, without any environment.
+    """
 
     def __init__(self, where: Path, shared: bool) -> None:
-        self.prefix = where / "moved"
+        self.prefix = where / "consumer" / "moved"
         self.build = where / "build"
         run(
             *("cmake", "-S", ROOT, "-B", self.build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug"),
@@ -165,14 +156,27 @@ class Tree:
             f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
         )
         run("cmake", "--build", self.build)
-        run("cmake", "--install", self.build, "--prefix", where / "installed")
-        (where / "installed").rename(self.prefix)
+        self.report = run(
+            *("cmake", f"-DBUILD={self.build}", f"-DWORK={where / 'consumer'}"),
+            *(f"-DMODEL={resolve(DEFAULT_MODEL)}", "-P", CONSUMER / "check.cmake"),
+        )
 
 
 @pytest.fixture(scope="module", params=["shared", "static"])
 def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    need("cmake", "ninja", "g++")
+    need("cmake", "ninja", "gcc", "g++", "pkg-config", "ldd")
     return Tree(tmp_path_factory.mktemp(request.param), shared=request.param == "shared")
+
+
+@pytest.mark.slow
+def test_applications_run_with_the_moved_tree(tree: Tree) -> None:
+    assert f"C and C++ applications run with {tree.prefix}/lib/libfastgen." in tree.report
+
+
+@pytest.mark.slow
+def test_package_version(tree: Tree) -> None:
+    environment = {"PKG_CONFIG_PATH": str(tree.prefix / "lib" / "pkgconfig")}
+    assert run("pkg-config", "--modversion", "fastgen", **environment).strip() == project_version()
 
 
 @pytest.mark.slow
@@ -196,45 +200,6 @@ def test_installed_files(tree: Tree) -> None:
 
 
 @pytest.mark.slow
-def test_program_through_find_package(tree: Tree, tmp_path: Path) -> None:
-    static = (tree.prefix / "lib" / "libfastgen.a").exists()
-    (tmp_path / "main.c").write_text(C_PROGRAM)
-    # C++ is only asked of those who link the static library.
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\n"
-        f"project(application LANGUAGES C {'CXX' if static else ''})\n"
-        f"find_package(fastgen {project_version()} EXACT REQUIRED)\n"
-        "add_executable(application main.c)\n"
-        "target_link_libraries(application PRIVATE fastgen::fastgen)\n"
-    )
-    run(
-        "cmake",
-        "-S",
-        ".",
-        "-B",
-        "b",
-        "-G",
-        "Ninja",
-        f"-DCMAKE_PREFIX_PATH={tree.prefix}",
-        cwd=tmp_path,
-    )
-    run("cmake", "--build", "b", cwd=tmp_path)
-    assert run(tmp_path / "b" / "application").strip() == project_version()
-
-
-@pytest.mark.slow
-def test_program_through_pkg_config(tree: Tree, tmp_path: Path) -> None:
-    need("pkg-config", "gcc")
-    (tmp_path / "main.c").write_text(C_PROGRAM)
-    environment = {"PKG_CONFIG_PATH": str(tree.prefix / "lib" / "pkgconfig")}
-    assert run("pkg-config", "--modversion", "fastgen", **environment).strip() == project_version()
-    flags = run("pkg-config", "--cflags", "--libs", "fastgen", **environment).split()
-    run("gcc", "-std=c11", "main.c", "-o", "application", *flags, cwd=tmp_path)
-    output = run(tmp_path / "application", LD_LIBRARY_PATH=str(tree.prefix / "lib"))
-    assert output.strip() == project_version()
-
-
-@pytest.mark.slow
 def test_application_of_the_guide(tree: Tree, tmp_path: Path) -> None:
     """docs/cpp.md: its application through its CMakeLists.txt and through its compiler command."""
     need("pkg-config", "g++")
@@ -248,7 +213,7 @@ def test_application_of_the_guide(tree: Tree, tmp_path: Path) -> None:
     (command,) = re.findall(r"^g\+\+ .*$", guide, flags=re.M)
     environment = {"PKG_CONFIG_PATH": str(tree.prefix / "lib" / "pkgconfig")}
     run("sh", "-c", command, cwd=tmp_path, **environment)
-    model = Path(fastgen.__file__).parent / "models" / "gpt2-docstrings"
+    model = resolve(DEFAULT_MODEL)
     library = {"LD_LIBRARY_PATH": str(tree.prefix / "lib")}
     for program in (tmp_path / "b" / "application", tmp_path / "application"):
         output = run(program, model, "Return a list of", **library)
@@ -278,49 +243,3 @@ def test_unknown_sanitizer_is_refused(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "FASTGEN_SANITIZE: 'adress' is not one of" in done.stderr
-
-
-# ---- Lock files --------------------------------------------------------------------------------
-
-LOCKS = sorted((ROOT / "ci" / "lock").glob("*.txt"))
-
-
-def pinned(lock: Path) -> dict[str, str]:
-    """Name -> version of a lock file; every one of them has hashes and no place to come from."""
-    text = lock.read_text(encoding="utf-8").replace("\\\n", " ")
-    versions = {}
-    for line in text.splitlines():
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)((\s+--hash=sha256:[0-9a-f]{64})+)\s*", line)
-        assert match is not None, f"{lock.name}: {line[:100]}"
-        versions[match.group(1)] = match.group(2)
-    assert "://" not in text
-    return versions
-
-
-@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
-def test_locks_are_pinned_and_hashed(lock: Path) -> None:
-    assert pinned(lock)
-
-
-def test_locks_agree_with_each_other() -> None:
-    seen: dict[str, tuple[str, str]] = {}
-    for lock in LOCKS:
-        for name, version in pinned(lock).items():
-            if name == "paddlepaddle":
-                continue
-            assert seen.setdefault(name, (version, lock.name))[0] == version, (
-                name,
-                lock.name,
-                seen,
-            )
-
-
-def test_locks_hold_the_dependencies() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = re.search(r"^dependencies = \[(.*?)\]", text, flags=re.DOTALL | re.MULTILINE)
-    assert block is not None
-    names = set(re.findall(r'"([a-z0-9-]+)', block.group(1)))
-    assert names
-    assert names <= set(pinned(ROOT / "ci" / "lock" / "run.txt"))

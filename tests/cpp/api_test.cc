@@ -1,0 +1,252 @@
+// The C API from several threads, and what it promises after a fork and after a failure.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fastgen/fastgen.hpp"
+#include "temporary.h"
+#include "tiny_model.h"
+
+namespace fastgen {
+namespace {
+
+constexpr uint64_t kSeed = 20240607;
+constexpr int32_t kVocab = 300;
+
+Model MakeModel(int32_t num_threads) {
+  const tests::TinyModel tiny = tests::MakeTinyModel(5, kVocab);
+  Config config;
+  static_cast<fastgen_config&>(config) = tiny.config;
+  ModelOptions options;
+  options.num_threads = num_threads;
+  return Model::create(config, tests::TensorsOf(tiny), options);
+}
+
+struct Request {
+  std::vector<int32_t> prompt;
+  Options options;
+};
+
+Request RandomRequest(std::mt19937_64* random) {
+  Request request;
+  request.prompt.resize(1 + (*random)() % 12);
+  for (int32_t& token : request.prompt) token = static_cast<int32_t>((*random)() % kVocab);
+  request.options.decode_strategy = (*random)() % 3 == 0 ? FASTGEN_GREEDY_SEARCH : FASTGEN_SAMPLING;
+  request.options.max_length = static_cast<int32_t>(1 + (*random)() % 20);
+  request.options.top_k = static_cast<int32_t>((*random)() % 10);
+  request.options.top_p = static_cast<float>((*random)() % 11) / 10.0f;
+  request.options.has_seed = 1;
+  request.options.seed = (*random)();
+  return request;
+}
+
+// Each in a session of its own.
+std::vector<std::vector<int32_t>> TokensAlone(const Model& model,
+                                              const std::vector<Request>& requests) {
+  std::vector<std::vector<int32_t>> tokens;
+  for (const Request& request : requests) {
+    tokens.push_back(model.generate({request.prompt}, request.options)[0].tokens);
+  }
+  return tokens;
+}
+
+// Runs `body(thread)` on `count` threads at once.
+void OnThreads(int count, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+class SharedModel : public ::testing::TestWithParam<int> {};
+
+TEST_P(SharedModel, SessionsOfManyThreadsGiveTheTokensOfOne) {
+  const Model model = MakeModel(GetParam());
+  std::mt19937_64 random(kSeed);
+  std::vector<Request> requests;
+  for (int i = 0; i < 24; ++i) requests.push_back(RandomRequest(&random));
+  const std::vector<std::vector<int32_t>> alone = TokensAlone(model, requests);
+  std::atomic<int> wrong{0};
+  OnThreads(5, [&](int thread) {
+    // All requests in one session, in this thread's order, joining while others run.
+    std::mt19937_64 order(kSeed + static_cast<uint64_t>(thread));
+    Session session(model, 1 + thread);
+    std::map<uint64_t, size_t> request_of;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const size_t which = (i * 7 + static_cast<size_t>(thread)) % requests.size();
+      request_of[session.submit(requests[which].prompt, requests[which].options)] = which;
+      if (order() % 2 == 0) session.step(static_cast<int32_t>(order() % 4));
+    }
+    while (session.step(8) > 0) {
+    }
+    for (const auto& [id, which] : request_of) {
+      if (session.get(id).tokens != alone[which]) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_P(SharedModel, IsUsedInEveryWayAtOnce) {
+  const Model model = MakeModel(GetParam());
+  const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6, 7};
+  const std::vector<float> logits = model.logits(tokens);
+  std::mt19937_64 random(kSeed);
+  const std::vector<Request> requests = {RandomRequest(&random), RandomRequest(&random)};
+  const std::vector<std::vector<int32_t>> alone = TokensAlone(model, requests);
+  std::atomic<int> wrong{0};
+  OnThreads(6, [&](int thread) {
+    for (int i = 0; i < 6; ++i) {
+      switch (thread) {
+        case 0:
+          if (model.logits(tokens) != logits) ++wrong;
+          break;
+        case 1: {  // ends in the middle
+          Session session(model);
+          const uint64_t id = session.submit(requests[0].prompt, requests[0].options);
+          session.step(1);
+          session.cancel(id);
+          session.submit(requests[1].prompt, requests[1].options);
+          break;
+        }
+        case 2:
+          if (model.info().config.vocab_size != kVocab) ++wrong;
+          break;
+        case 3: {  // failures of one thread are no other's
+          try {
+            model.logits({kVocab + i});
+            ++wrong;
+          } catch (const Error& error) {
+            const std::string sentence = error.what();
+            if (sentence.find(std::to_string(kVocab + i)) == std::string::npos) ++wrong;
+          }
+          break;
+        }
+        default:
+          if (TokensAlone(model, requests) != alone) ++wrong;
+      }
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+// 1: no workers. 3: more than many a machine has.
+INSTANTIATE_TEST_SUITE_P(Threads, SharedModel, ::testing::Values(1, 3));
+
+TEST(Model, EveryKernelSetGivesTheLogits) {
+  const tests::TinyModel tiny = tests::MakeTinyModel(5, kVocab);
+  Config config;
+  static_cast<fastgen_config&>(config) = tiny.config;
+  std::mt19937_64 random(kSeed);
+  std::vector<int32_t> tokens(static_cast<size_t>(config.max_positions));
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % kVocab);
+  std::vector<float> expected;
+  for (size_t i = 0; i < fastgen_isa_count(); ++i) {
+    if (!fastgen_isa_supported(i)) continue;
+    ModelOptions options;
+    options.isa = fastgen_isa_name(i);
+    options.num_threads = 2;
+    const Model model = Model::create(config, tests::TensorsOf(tiny), options);
+    // Of every length: the sizes of tiles and the blocks of the cache are met and missed.
+    for (size_t length = 1; length <= tokens.size(); ++length) {
+      const std::vector<int32_t> prefix(tokens.begin(),
+                                        tokens.begin() + static_cast<std::ptrdiff_t>(length));
+      const std::vector<float> logits = model.logits(prefix);
+      ASSERT_EQ(logits.size(), length * kVocab);
+      if (i == 0 && length == tokens.size()) expected = logits;
+      for (size_t at = 0; i > 0 && at < logits.size(); ++at) {
+        ASSERT_NEAR(logits[at], expected[at], 1e-3) << options.isa << " " << length << " " << at;
+      }
+    }
+  }
+  EXPECT_EQ(expected.size(), tokens.size() * kVocab);
+}
+
+TEST(Model, IsLoadedByManyThreadsAtOnce) {
+  const tests::TemporaryDirectory exported;
+  const tests::TemporaryDirectory hugging_face;
+  const tests::TinyModel tiny = tests::MakeTinyModel(5, kVocab);
+  tests::WriteExport(tiny, exported.path());
+  tests::WriteHuggingFace(tiny, hugging_face.path());
+  const std::vector<int32_t> prompt = {4, 5, 6};
+  const std::vector<float> logits = MakeModel(1).logits(prompt);
+  std::atomic<int> wrong{0};
+  OnThreads(4, [&](int thread) {
+    for (int i = 0; i < 3; ++i) {
+      ModelOptions options;
+      options.num_threads = 1 + i;
+      const std::string& path = (thread % 2 == 0 ? exported : hugging_face).path();
+      if (Model::load(path, options).logits(prompt) != logits) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(Model, OutlivesItsHandleInSessions) {
+  auto model = std::make_unique<Model>(MakeModel(2));
+  std::mt19937_64 random(kSeed);
+  const Request request = RandomRequest(&random);
+  const auto tokens = TokensAlone(*model, {request})[0];
+  Session session(*model);
+  const uint64_t id = session.submit(request.prompt, request.options);
+  model.reset();
+  while (session.step(3) > 0) {
+  }
+  EXPECT_EQ(session.get(id).tokens, tokens);
+}
+
+TEST(LastError, BelongsToItsThread) {
+  fastgen_model* model = nullptr;
+  EXPECT_EQ(fastgen_model_load("/no/such/place/main", nullptr, &model), FASTGEN_NOT_FOUND);
+  const std::string mine = fastgen_last_error();
+  OnThreads(4, [](int thread) {
+    EXPECT_STREQ(fastgen_last_error(), "");
+    const std::string path = "/no/such/place/" + std::to_string(thread);
+    for (int i = 0; i < 50; ++i) {
+      fastgen_model* none = nullptr;
+      EXPECT_EQ(fastgen_model_load(path.c_str(), nullptr, &none), FASTGEN_NOT_FOUND);
+      EXPECT_NE(std::string(fastgen_last_error()).find(path), std::string::npos);
+    }
+  });
+  EXPECT_EQ(fastgen_last_error(), mine);
+  EXPECT_EQ(model, nullptr);
+}
+
+TEST(Session, GoesOnInAForkedChild) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "ThreadSanitizer does not follow threads started after a fork";
+#endif
+  const Model model = MakeModel(3);
+  std::mt19937_64 random(kSeed);
+  const std::vector<Request> requests = {RandomRequest(&random), RandomRequest(&random)};
+  const auto tokens = TokensAlone(model, requests);
+  Session session(model);
+  const uint64_t id = session.submit(requests[0].prompt, requests[0].options);
+  session.step(1);
+  const pid_t child = fork();
+  if (child == 0) {
+    while (session.step(2) > 0) {
+    }
+    const bool same = session.get(id).tokens == tokens[0] && TokensAlone(model, requests) == tokens;
+    _exit(same ? 0 : 1);
+  }
+  ASSERT_GT(child, 0);
+  while (session.step(2) > 0) {
+  }
+  EXPECT_EQ(session.get(id).tokens, tokens[0]);
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,113 @@
+# Installs a build tree into an empty prefix, moves the prefix, and builds and runs the two applications
+# beside this file against it, by find_package and by pkg-config, in an empty environment.
+#
+#   cmake -DBUILD=<build tree> -DWORK=<directory, made anew> -DMODEL=<model directory> -P check.cmake
+#
+# Leaves the moved tree in <WORK>/moved.
+cmake_minimum_required(VERSION 3.18)
+
+foreach(name IN ITEMS BUILD WORK MODEL)
+  if(NOT ${name})
+    message(FATAL_ERROR "-D${name}=... is missing")
+  endif()
+endforeach()
+
+# run(<result> <command>...): the output of a command that must succeed.
+function(run result)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE status OUTPUT_VARIABLE output
+                  ERROR_VARIABLE error OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(NOT status EQUAL 0)
+    string(REPLACE ";" " " command "${ARGN}")
+    message(FATAL_ERROR "${command}\nended with ${status}\n${output}\n${error}")
+  endif()
+  set(${result} "${output}" PARENT_SCOPE)
+endfunction()
+
+# The shared libraries of a file are the system's, but for libfastgen where `may_need_fastgen`.
+function(check_needs file may_need_fastgen)
+  run(output env -u LD_LIBRARY_PATH ldd "${file}")
+  if(output MATCHES "not found")
+    message(FATAL_ERROR "${file} does not find its libraries:\n${output}")
+  endif()
+  string(REGEX MATCHALL "[^\n]+" lines "${output}")
+  foreach(line IN LISTS lines)
+    string(REGEX REPLACE "^[ \t]*([^ \t]+).*$" "\\1" needed "${line}")
+    get_filename_component(needed "${needed}" NAME)
+    if(needed MATCHES "^(libc|libm|libstdc\\+\\+|libgcc_s|libpthread|libdl|linux-vdso|ld-linux.*)\\.so"
+       OR (may_need_fastgen AND needed MATCHES "^libfastgen\\.so"))
+      continue()
+    endif()
+    message(FATAL_ERROR "${file} needs ${needed}:\n${output}")
+  endforeach()
+endfunction()
+
+# With no environment at all there is neither a Python nor a Paddle to be found.
+file(MAKE_DIRECTORY "${WORK}")
+file(REMOVE_RECURSE "${WORK}/installed" "${WORK}/moved" "${WORK}/applications")
+function(check_application program)
+  check_needs("${program}" ${shared})
+  run(output env -i PATH=/nonexistent "${program}" "${MODEL}")
+  if(NOT output STREQUAL version)
+    message(FATAL_ERROR "${program} printed '${output}', not the version ${version}")
+  endif()
+endfunction()
+
+run(ignored "${CMAKE_COMMAND}" --install "${BUILD}" --prefix "${WORK}/installed")
+file(RENAME "${WORK}/installed" "${WORK}/moved")
+set(prefix "${WORK}/moved")
+file(GLOB_RECURSE library "${prefix}/*/libfastgen.so" "${prefix}/*/libfastgen.a")
+list(LENGTH library count)
+if(NOT count EQUAL 1)
+  message(FATAL_ERROR "${prefix} has ${count} libraries, it must have one: ${library}")
+endif()
+get_filename_component(library_directory "${library}" DIRECTORY)
+set(shared ON)
+if(library MATCHES "\\.a$")
+  set(shared OFF)
+endif()
+if(shared)
+  check_needs("${library}" OFF)
+endif()
+
+set(ENV{PKG_CONFIG_PATH} "${library_directory}/pkgconfig")
+run(version pkg-config --modversion fastgen)
+run(flags pkg-config --cflags --libs fastgen)
+separate_arguments(flags UNIX_COMMAND "${flags}")
+set(warnings -Wall -Wextra -Werror -pedantic)
+set(static OFF)
+if(NOT shared)
+  set(static ON)
+endif()
+
+foreach(language IN ITEMS c cpp)
+  set(source "${CMAKE_CURRENT_LIST_DIR}/${language}")
+  set(work "${WORK}/applications/${language}")
+  run(ignored "${CMAKE_COMMAND}" -S "${source}" -B "${work}" "-DCMAKE_PREFIX_PATH=${prefix}"
+      "-DVERSION=${version}" "-DSTATIC=${static}" -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF)
+  run(ignored "${CMAKE_COMMAND}" --build "${work}")
+  check_application("${work}/application")
+
+  if(language STREQUAL c)
+    set(compiler "$ENV{CC}")
+    set(default gcc)
+    set(command -std=c11 "${source}/main.c")
+  else()
+    set(compiler "$ENV{CXX}")
+    set(default g++)
+    set(command -std=c++17 -pthread "${source}/main.cc")
+  endif()
+  if(NOT compiler)
+    set(compiler ${default})
+  endif()
+  run(ignored ${compiler} ${warnings} ${command} -o "${work}/by_pkg_config" ${flags}
+      "-Wl,-rpath,${library_directory}")
+  check_application("${work}/by_pkg_config")
+endforeach()
+if(EXISTS "${prefix}/bin/fastgen-gpt")
+  check_needs("${prefix}/bin/fastgen-gpt" ${shared})
+  run(output env -i PATH=/nonexistent "${prefix}/bin/fastgen-gpt" --version)
+  if(NOT output STREQUAL "fastgen-gpt ${version}")
+    message(FATAL_ERROR "fastgen-gpt printed '${output}', not the version ${version}")
+  endif()
+endif()
+message(STATUS "C and C++ applications run with ${library}")
