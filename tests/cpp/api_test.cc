@@ -119,7 +119,7 @@ TEST_P(SharedModel, IsUsedInEveryWayAtOnce) {
           break;
         }
         case 2:
-          if (model.info().config.vocab_size != kVocab) ++wrong;
+          if (model.config().vocab_size != kVocab) ++wrong;
           break;
         case 3: {  // failures of one thread are no other's
           try {
