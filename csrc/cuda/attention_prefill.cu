@@ -50,14 +50,13 @@ __device__ inline void LoadQueries(char* shared, const uint16_t* q, int64_t ld, 
   for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += kThreads) {
     const int row = i / S::kChunks, chunk = i % S::kChunks;
     char* to = At<S>(shared, row, chunk);
-    const bool valid = row < rows && chunk * 8 < head_size;
-    if (vectors || !valid) {
-      Copy16(to, valid ? q + row * ld + chunk * 8 : q, valid);
+    if (vectors && row < rows && chunk * 8 < head_size) {
+      Copy16(to, q + row * ld + chunk * 8, true);
       continue;
     }
     for (int e = 0; e < 8; ++e) {
       const int d = chunk * 8 + e;
-      reinterpret_cast<uint16_t*>(to)[e] = d < head_size ? q[row * ld + d] : 0;
+      reinterpret_cast<uint16_t*>(to)[e] = row < rows && d < head_size ? q[row * ld + d] : 0;
     }
   }
 }
