@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
   if (static_cast<int>(blockIdx.x) >= blocks) return;
   const bool alone = blocks == 1;
   const int64_t unit = static_cast<int64_t>(row) * args.cache.num_heads + head;
-  float* const sums =
-      alone ? decode_parts : args.partial + unit * kDecodeParts * (head_size + 2);
+  float* const sums = alone ? decode_parts : args.partial + unit * kDecodeParts * (head_size + 2);
   float* const stats = sums + kDecodeParts * head_size;
 
   int part = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -322,10 +321,8 @@ cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream
       if (chunks > 32) return Launch<Shape<float, 32, 2, 4>>(args, stream);
       return LaunchNarrow<float>(args, chunks, stream);
     }
-    case DType::kFloat16:
-      return LaunchNarrow<__half>(args, args.cache.head_stride / 8, stream);
-    case DType::kBFloat16:
-      return LaunchNarrow<BFloat16>(args, args.cache.head_stride / 8, stream);
+    case DType::kFloat16: return LaunchNarrow<__half>(args, args.cache.head_stride / 8, stream);
+    case DType::kBFloat16: return LaunchNarrow<BFloat16>(args, args.cache.head_stride / 8, stream);
     default: return cudaErrorInvalidValue;
   }
 }

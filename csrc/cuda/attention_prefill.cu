@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
         pages[p] = page_list[min((tile + 2) * S::kPages + p, last_page)];
       }
     }
-    if (position >= begin + warp_row + S::kWarpRows) continue;  // none of this warp's queries sees it
+    if (position >= begin + warp_row + S::kWarpRows)
+      continue;  // none of this warp's queries sees it
 
     float s[S::kTiles][S::kKeys / 8][4];
 #pragma unroll
@@ -238,11 +239,11 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
 #pragma unroll
       for (int n = 0; n < S::kKeys / 16; ++n) {
         uint32_t b[4];
-        LoadMatrices(b, At<S>(k_shared, n * 16 + (lane & 7) + (lane >> 4) * 8,
-                              step * 2 + (lane >> 3 & 1)));
+        LoadMatrices(
+            b, At<S>(k_shared, n * 16 + (lane & 7) + (lane >> 4) * 8, step * 2 + (lane >> 3 & 1)));
 #pragma unroll
         for (int m = 0; m < S::kTiles; ++m) {
-          const uint32_t(&a)[4] = q[m][S::kKeepQueries ? step : 0];
+          const uint32_t (&a)[4] = q[m][S::kKeepQueries ? step : 0];
           Mma<typename S::Type>(s[m][2 * n], a, b[0], b[1]);
           Mma<typename S::Type>(s[m][2 * n + 1], a, b[2], b[3]);
         }
@@ -317,7 +318,8 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
   }
   __syncwarp();
   const bool vectors = IsVectorAligned(args.out, args.ldo, head_size);
-  uint16_t* const out = static_cast<uint16_t*>(args.out) + (run.first_row + first) * args.ldo + column;
+  uint16_t* const out =
+      static_cast<uint16_t*>(args.out) + (run.first_row + first) * args.ldo + column;
   for (int i = lane; i < S::kWarpRows * S::kChunks; i += 32) {
     const int row = warp_row + i / S::kChunks, d = i % S::kChunks * 8;
     if (row >= rows || d >= head_size) continue;
@@ -349,8 +351,8 @@ bool CanRun(int device) {
 template <typename S>
 cudaError_t Launch(const PrefillAttentionArgs& args, cudaStream_t stream) {
   auto kernel = MmaKernel<S>;
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (status != cudaSuccess) return status;
   const dim3 grid(args.cache.num_heads, args.num_runs,
                   (args.longest_run + S::kRows - 1) / S::kRows);

@@ -18,7 +18,7 @@ struct Shape {
   static constexpr int kHead = kHead_;
   static constexpr int kRows = kRows_;
   static constexpr int kKeys = kKeys_;
-  static constexpr int kStride = kHead + 4;    // floats of a row in shared memory
+  static constexpr int kStride = kHead + 4;  // floats of a row in shared memory
   static constexpr int kPStride = kKeys + 4;
   static constexpr int kSharedBytes = 4 * ((kRows + 2 * kKeys) * kStride + kRows * kPStride);
   static_assert(kRows % 16 == 0 && kKeys % 8 == 0 && kPage % kKeys == 0, "whole tiles");
@@ -101,8 +101,9 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
   for (int i = threadIdx.x; i < S::kRows * S::kHead; i += kThreads) {
     const int row = i / S::kHead, d = i % S::kHead;
     q_shared[row * S::kStride + d] =
-        row < rows && d < head_size ? LoadAs(args.q, (row0 + row) * args.ldq + column + d, args.dtype)
-                                    : 0.0f;
+        row < rows && d < head_size
+            ? LoadAs(args.q, (row0 + row) * args.ldq + column + d, args.dtype)
+            : 0.0f;
   }
 
   float4 o[kQ][kD];
@@ -199,8 +200,8 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
       for (int e = 0; e < 4; ++e) {
 #pragma unroll
         for (int d = 0; d < kD; ++d) {
-          const float4 v = *reinterpret_cast<const float4*>(v_shared + (key + e) * S::kStride +
-                                                            d * 32 + x * 4);
+          const float4 v =
+              *reinterpret_cast<const float4*>(v_shared + (key + e) * S::kStride + d * 32 + x * 4);
 #pragma unroll
           for (int i = 0; i < kQ; ++i) {
             o[i][d].x = __fmaf_rn(p[i][e], v.x, o[i][d].x);
@@ -235,8 +236,8 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
 template <typename S>
 cudaError_t Launch(const PrefillAttentionArgs& args, cudaStream_t stream) {
   auto kernel = FmaKernel<S>;
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (status != cudaSuccess) return status;
   const dim3 grid(args.cache.num_heads, args.num_runs,
                   (args.longest_run + S::kRows - 1) / S::kRows);

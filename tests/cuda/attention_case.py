@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
+
 from tests.cuda import ops
 from tests.cuda.memory import Array, Buffer, from_bfloat16, to_bfloat16
 
@@ -34,7 +35,7 @@ def structures(items: Sequence[ctypes.Structure]) -> Buffer:
 class Sequences:
     """Sequences of given lengths, whose pages lie in any order among others.
 
-    Whatever no query may see (other layers, positions at or after `length`, pages of nobody) is NaN.
+    What no query may see (other layers, positions at or after `length`, pages of nobody) is NaN.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Sequences:
         self.layer = 1
         page_counts = [-(-length // ops.PAGE) for length in lengths]
         total = sum(page_counts) + 2
-        pool = encode(np.full((total, 2, 2, heads, ops.PAGE, stride), np.nan, np.float32), "float32")
+        pool = encode(
+            np.full((total, 2, 2, heads, ops.PAGE, stride), np.nan, np.float32), "float32"
+        )
         order = list(rng.permutation(total - 1))
         self.keys: list[Array] = []
         self.values: list[Array] = []
@@ -64,7 +67,6 @@ class Sequences:
             own = [int(order.pop()) for _ in range(page_count)]
             page_lists.append(own)
             for kv, store in ((0, self.keys), (1, self.values)):
-                # Some positions matter far more than others, as in a real network.
                 numbers = rng.standard_normal((length, heads, head_size)).astype(np.float32) * scale
                 elements = encode(numbers, dtype)
                 store.append(decode(elements, dtype))
@@ -106,4 +108,4 @@ class Sequences:
 
 def distance(actual: Array, expected: Array) -> float:
     """Relative error of an array, by norms; NaN where it holds one."""
-    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
+    return float(np.linalg.norm(actual - expected)) / max(float(np.linalg.norm(expected)), 1e-30)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.cuda import ops
 from tests.cuda.attention_case import DTYPES, Sequences, decode, distance, encode, structures
 from tests.cuda.memory import Array, Buffer
@@ -158,7 +159,11 @@ LIMITS = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 def check_prefill(
-    library: Any, cache: Sequences, runs: Sequence[tuple[int, int, int, int]], dtype: str, spare: int
+    library: Any,
+    cache: Sequences,
+    runs: Sequence[tuple[int, int, int, int]],
+    dtype: str,
+    spare: int,
 ) -> None:
     """Compares every row of the runs with float64."""
     rows = max(first + count for _, first, _, count in runs) + 1
@@ -167,13 +172,9 @@ def check_prefill(
     for slot, first, begin, count in runs:
         if slot < 0:
             continue
-        expected = np.stack(
-            [cache.attend(slot, q[first + i], begin + i + 1) for i in range(count)]
-        )
+        expected = np.stack([cache.attend(slot, q[first + i], begin + i + 1) for i in range(count)])
         assert distance(out[first : first + count], expected) < LIMITS[dtype], (slot, begin)
-        worst = max(
-            distance(out[first + i], expected[i]) for i in range(count)
-        )
+        worst = max(distance(out[first + i], expected[i]) for i in range(count))
         assert worst < 4 * LIMITS[dtype], (slot, begin)
 
 
