@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD" FASTGEN_LIBRARY="$PWD/build-cuda/libfastgen.so"
-export FASTGEN_CUDA_OPS="$PWD/build-cuda/libfastgen_cuda_ops.so"
+export FASTGEN_CUDA_REQUIRED=1 FASTGEN_CUDA_OPS="$PWD/build-cuda/libfastgen_cuda_ops.so"
 
 build() {
   local capability

@@ -85,8 +85,12 @@ cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cud
 
 // ---- attention.cu -------------------------------------------------------------------------------
 
-// Decode: one query per row against its slot's cache, the positions up to the row's own. Positions
-// are split over `splits` blocks per head, whose parts the last one of them puts together in order.
+// Parts that a row's pages are cut into at most, by the row's length alone.
+constexpr int32_t kDecodeParts = 32;
+
+// Decode: one query per row against its slot's cache, the positions up to the row's own. `splits`
+// blocks per head share the parts, which the last one of them puts together in order: the result is
+// the same bits with any `splits`. Rows without a token get zeros.
 struct DecodeAttentionArgs {
   const float* q = nullptr;  // [rows, ldq], scaled
   int64_t ldq = 0;
@@ -98,13 +102,17 @@ struct DecodeAttentionArgs {
   CacheLayout cache;
   int32_t layer = 0;
   int32_t splits = 1;
-  float* partial = nullptr;    // [rows, heads, splits, head_size + 2]
+  // Not used when splits is 1. [rows, heads, kDecodeParts, head_size + 2]
+  float* partial = nullptr;
   int32_t* arrived = nullptr;  // [rows, heads], zero before and after
 };
+// Splits that fill a device of so many multiprocessors.
+int32_t DecodeSplits(int32_t rows, int32_t heads, int32_t multiprocessors);
 cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream);
 
 // Prefill: rows are runs of neighbouring positions of a slot; a run's queries see the cache up to
-// their own position. Never holds a [length, length] matrix in device memory.
+// their own position. Never holds a [length, length] matrix in device memory. Nothing is written for
+// a run without a slot.
 struct PrefillRun {
   int32_t slot;
   int32_t first_row;  // of q and out
