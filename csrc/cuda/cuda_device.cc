@@ -10,8 +10,7 @@ namespace {
 
 // Steps that the host launches ahead of the one it waits for: enough to keep the device busy.
 constexpr int32_t kAhead = 2;
-constexpr int32_t kMaxSteps = 64;        // of one Decode()
-constexpr int32_t kSplitPositions = 64;  // of the cache that are worth a block of their own
+constexpr int32_t kMaxSteps = 64;  // of one Decode()
 
 // Rows of a step come in few sizes, each of which has its graphs.
 int32_t Bucket(size_t rows) {
@@ -245,15 +244,12 @@ void CudaDevice::ReserveDecode(int32_t rows) {
   const auto heads = static_cast<size_t>(config_.num_heads);
   space.logits =
       DeviceMemory(n * static_cast<size_t>(logits_stride_) * sizeof(float), "the logits of a step");
-  // Rows and splits are chosen so that their product stays small.
-  size_t partial = 0;
-  for (int32_t r = 1; r <= rows; ++r) {
-    partial = std::max(
-        partial, static_cast<size_t>(r) * static_cast<size_t>(SplitsFor(r, config_.max_positions)));
-  }
-  space.partial =
-      DeviceMemory(partial * heads * static_cast<size_t>(layout_.head_size + 2) * sizeof(float),
-                   "the work space of attention");
+  // Only few rows are split, so few have parts that wait to be put together.
+  int32_t split_rows = 0;
+  while (split_rows < rows && Splits(split_rows + 1) > 1) ++split_rows;
+  space.partial = DeviceMemory(static_cast<size_t>(split_rows) * heads * kDecodeParts *
+                                   static_cast<size_t>(layout_.head_size + 2) * sizeof(float),
+                               "the work space of attention");
   space.arrived = DeviceMemory(n * heads * sizeof(int32_t), "the work space of attention");
   Check(cudaMemsetAsync(space.arrived.as<>(), 0, space.arrived.size(), stream_),
         "clearing device memory");
@@ -302,16 +298,11 @@ EmbedArgs CudaDevice::Embedding(const DeviceMemory& row_list, int32_t rows,
   return args;
 }
 
-// Positions are split until the device is full, but not into pieces that are not worth a block.
-int32_t CudaDevice::SplitsFor(int32_t rows, int32_t positions) const {
-  const int64_t blocks = int64_t{rows} * config_.num_heads;
-  const int64_t wanted = (2 * int64_t{properties_.multiProcessorCount} + blocks - 1) / blocks;
-  int64_t worth = 1;
-  while (worth * kSplitPositions < positions) worth *= 2;
-  return static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, worth)));
+int32_t CudaDevice::Splits(int32_t rows) const {
+  return DecodeSplits(rows, config_.num_heads, properties_.multiProcessorCount);
 }
 
-void CudaDevice::LaunchForward(int32_t rows, int32_t splits) {
+void CudaDevice::LaunchForward(int32_t rows) {
   const LayerSpace& s = layer_space_;
   Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -331,7 +322,7 @@ void CudaDevice::LaunchForward(int32_t rows, int32_t splits) {
     attention.rows = rows;
     attention.cache = layout_;
     attention.layer = i;
-    attention.splits = splits;
+    attention.splits = Splits(rows);
     attention.partial = decode_space_.partial.as<float>();
     attention.arrived = decode_space_.arrived.as<int32_t>();
     Check(DecodeAttention(attention, stream_), "launching attention");
@@ -378,14 +369,13 @@ void CudaDevice::LaunchSample(int32_t rows) {
   Check(Sample(args, stream_), "launching the choice of tokens");
 }
 
-void CudaDevice::LaunchStep(int32_t rows, int32_t splits) {
-  const GraphKey key = {rows, splits};
-  auto found = graphs_.find(key);
+void CudaDevice::LaunchStep(int32_t rows) {
+  auto found = graphs_.find(rows);
   if (found == graphs_.end()) {
     cudaGraph_t graph = nullptr;
     Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
     try {
-      LaunchForward(rows, splits);
+      LaunchForward(rows);
       LaunchSample(rows);
     } catch (...) {
       cudaStreamEndCapture(stream_, &graph);
@@ -402,7 +392,7 @@ void CudaDevice::LaunchStep(int32_t rows, int32_t splits) {
 #endif
     cudaGraphDestroy(graph);
     Check(status, "making a graph of a step");
-    found = graphs_.emplace(key, exec).first;
+    found = graphs_.emplace(rows, exec).first;
   }
   Check(cudaGraphLaunch(found->second, stream_), "launching a step");
 }
@@ -442,13 +432,11 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
   std::vector<Row> unfed;
-  int32_t longest = 1;
   size_t running = 0;
   for (size_t i = 0; i < count; ++i) {
     HostSlot& slot = At(slots[i]);
     for (int32_t p = slot.fed; p + 1 < slot.prompt_length; ++p) unfed.push_back({slots[i], p});
     slot.fed = std::max(slot.fed, slot.prompt_length - 1);
-    longest = std::max(longest, slot.length);
     running += slot.finished ? 0 : 1;
   }
   if (!unfed.empty()) FeedRows(unfed, {});
@@ -473,12 +461,11 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
   const int32_t ahead = logits ? 1 : kAhead;
   while (done < max_steps && running > 0) {
     for (; launched < std::min(max_steps, done + ahead); ++launched) {
-      const int32_t splits = SplitsFor(rows, longest + launched);
       if (!logits) {
-        LaunchStep(rows, splits);
+        LaunchStep(rows);
         continue;
       }
-      LaunchForward(rows, splits);
+      LaunchForward(rows);
       const auto vocab = static_cast<size_t>(config_.vocab_size);
       Check(cudaMemcpy2DAsync(logits + static_cast<size_t>(launched) * count * vocab,
                               vocab * sizeof(float), decode_space_.logits.as<>(),

@@ -54,13 +54,6 @@ class CudaDevice {
     std::vector<char*> pages;
     DeviceMemory state;  // page table, then tokens
   };
-  struct GraphKey {
-    int32_t rows;
-    int32_t splits;
-    bool operator<(const GraphKey& other) const {
-      return rows != other.rows ? rows < other.rows : splits < other.splits;
-    }
-  };
   // float32 activations of a decode step, and of a prefill of few rows.
   struct LayerSpace {
     int32_t rows = 0;
@@ -85,13 +78,13 @@ class CudaDevice {
   void ReservePrefill(int32_t rows);
 
   // Decode: the kernels up to the logits, the choice, and both as a graph.
-  void LaunchForward(int32_t rows, int32_t splits);
+  void LaunchForward(int32_t rows);
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).
   void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
   void LaunchSample(int32_t rows);
-  void LaunchStep(int32_t rows, int32_t splits);
-  int32_t SplitsFor(int32_t rows, int32_t positions) const;
+  void LaunchStep(int32_t rows);
+  int32_t Splits(int32_t rows) const;
   // Waits for a step's results and returns how many sequences go on.
   size_t WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
                      engine::DecodeResult* results);
@@ -130,8 +123,8 @@ class CudaDevice {
   LayerSpace layer_space_;
   DecodeSpace decode_space_;
   PrefillSpace prefill_space_;
-  std::map<GraphKey, cudaGraphExec_t> graphs_;
-  std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
+  std::map<int32_t, cudaGraphExec_t> graphs_;  // by rows
+  std::unique_ptr<Multiplier> multiplier_;     // null where cuBLASLt cannot be had
 };
 
 }  // namespace fastgen::cuda
