@@ -110,6 +110,7 @@ class Rows:
         self.row_list = _structures(row_list + [ops.Row(-1, -1)] * padding)
         self.results = Buffer(np.full((max_steps, self.count, 4), POISON, np.int32))
         self.step = Buffer(np.zeros(1, np.int32))
+        self._state: tuple[bytes, Array] | None = None  # slots and tokens, once asked for
 
     def arguments(self, library: ops.Library) -> ops.SampleArgs:
         """The kernel's arguments, with fresh logits."""
@@ -134,6 +135,7 @@ class Rows:
 
     def sample(self, library: ops.Library) -> None:
         """One step."""
+        self._state = None
         library.call("sample", self.arguments(library))
         assert not self.workspace.numpy().any(), "the workspace is not zero after a step"
         assert (self.logits.numpy()[:, self.vocab :] == np.inf).all()
@@ -146,11 +148,12 @@ class Rows:
 
     def slot(self, row: int) -> tuple[Any, Array]:
         """State and tokens of a row's slot."""
-        size = ctypes.sizeof(ops.Slot)
-        index = len(self.cases) - 1 - row
-        raw = self.slots.numpy()[index * size : (index + 1) * size].tobytes()
-        tokens = self.tokens.numpy()[self.starts[row] : self.starts[row + 1]]
-        return ops.Slot.from_buffer_copy(raw), tokens
+        if self._state is None:
+            self._state = self.slots.numpy().tobytes(), self.tokens.numpy()
+        slots, tokens = self._state
+        offset = (len(self.cases) - 1 - row) * ctypes.sizeof(ops.Slot)
+        slot = ops.Slot.from_buffer_copy(slots, offset)
+        return slot, tokens[self.starts[row] : self.starts[row + 1]]
 
 
 def run(library: ops.Library, cases: Sequence[Case]) -> tuple[Array, Array, Array]:
