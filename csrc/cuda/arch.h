@@ -26,3 +26,15 @@
 #else
 #define FASTGEN_ARCH_HAS_MMA_K8 0
 #endif
+
+// Clusters of blocks: the launch attribute, and the instructions.
+#if CUDART_VERSION >= 11080 && !defined(FASTGEN_CUDA_FLOOR)
+#define FASTGEN_CUDA_HAS_CLUSTERS 1
+#else
+#define FASTGEN_CUDA_HAS_CLUSTERS 0
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && FASTGEN_CUDA_HAS_CLUSTERS
+#define FASTGEN_ARCH_HAS_CLUSTERS 1
+#else
+#define FASTGEN_ARCH_HAS_CLUSTERS 0
+#endif
