@@ -49,6 +49,9 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
 // `wanted` is empty where no logits are.
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
   const auto most = static_cast<size_t>(multiplier_ ? kManyRows : kFewRows);
+  // Before anything lies in the work space, which moves when it grows.
+  const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
+  if (any) ReserveDecode(kLogitsRows);
   for (size_t begin = 0; begin < rows.size(); begin += most) {
     const size_t end = std::min(begin + most, rows.size());
     const auto count = static_cast<int32_t>(end - begin);
@@ -75,7 +78,7 @@ void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*
     } else {
       FeedFewRows(count, num_runs, longest);
     }
-    CopyLogits(many ? prefill_space_.x : layer_space_.x, wanted, begin, end);
+    if (any) CopyLogits(many ? prefill_space_.x : layer_space_.x, wanted, begin, end);
   }
   Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
@@ -83,9 +86,6 @@ void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*
 // Rows [begin, end) of `wanted` say where logits of `x`, whose first row is `begin`, go.
 void CudaDevice::CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
                             size_t end) {
-  const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
-  if (!any) return;
-  ReserveDecode(kLogitsRows);
   for (size_t first = begin; first < end;) {
     size_t last = first;
     while (last < end && wanted[last] && last - first < kLogitsRows) ++last;
