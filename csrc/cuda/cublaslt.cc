@@ -13,21 +13,22 @@ enum DataType { kReal32F = 0, kReal16F = 2, kReal16BF = 14 };
 enum DescAttribute { kTransA = 3, kTransB = 4, kEpilogue = 7, kBiasPointer = 8 };
 enum Epilogue { kDefault = 1, kBias = 4, kGeluTanh = 32, kGeluTanhBias = 36 };
 constexpr int32_t kTransposed = 1, kNotTransposed = 0;
-constexpr int kMaxWorkspaceBytes = 1;  // of the preference attributes
+enum PreferenceAttribute { kMaxWorkspaceBytes = 1, kReductionSchemeMask = 3 };
 
 constexpr size_t kWorkspaceBytes = size_t{32} << 20;
-// Shapes of ragged prompts hardly ever come again: their plans are not kept for ever.
-constexpr size_t kMostPlans = 512;
+constexpr int32_t kPlannedRows = 2048;
 
 int TypeOf(DType dtype) {
   if (dtype == DType::kFloat32) return kReal32F;
   return dtype == DType::kBFloat16 ? kReal16BF : kReal16F;
 }
 
+constexpr int kNotSupported = 15, kAllocFailed = 3;  // of its status codes
+
 void CheckStatus(int status, const char* what) {
   if (status != 0) {
     throw base::Error(
-        status == 3 ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
+        status == kAllocFailed ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
         std::string("cuBLASLt: ") + what + " failed with status " + std::to_string(status));
   }
 }
@@ -99,15 +100,28 @@ Multiplier::~Multiplier() {
 
 void Multiplier::Destroy(Plan* plan) {
   if (plan->desc) library_.desc_destroy_(plan->desc);
-  for (void* layout : {plan->w, plan->x, plan->y}) {
-    if (layout) library_.layout_destroy_(layout);
-  }
+  if (plan->w) library_.layout_destroy_(plan->w);
+}
+
+void* Multiplier::Layout(DType dtype, int64_t rows, int64_t columns, int64_t ld) const {
+  void* made = nullptr;
+  CheckStatus(library_.layout_create_(&made, TypeOf(dtype), static_cast<uint64_t>(rows),
+                                      static_cast<uint64_t>(columns), ld),
+              "cublasLtMatrixLayoutCreate");
+  return made;
 }
 
 // Column-major, which is how cuBLASLt counts: y' [out, rows] = w' transposed [out, in] x' [in, rows].
 Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
   Plan plan;
   void* preference = nullptr;
+  void* x = nullptr;
+  void* y = nullptr;
+  const auto clean_up = [&] {
+    if (preference) library_.preference_destroy_(preference);
+    if (x) library_.layout_destroy_(x);
+    if (y) library_.layout_destroy_(y);
+  };
   try {
     CheckStatus(library_.desc_create_(&plan.desc, kCompute32F, kReal32F),
                 "cublasLtMatmulDescCreate");
@@ -121,53 +135,43 @@ Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
                                           : (product.bias ? kBias : kDefault);
     set(kEpilogue, &epilogue, sizeof epilogue);
     if (product.bias) set(kBiasPointer, &product.bias, sizeof product.bias);
-    const auto layout = [&](void** made, DType dtype, int64_t rows, int64_t columns, int64_t ld) {
-      CheckStatus(library_.layout_create_(made, TypeOf(dtype), static_cast<uint64_t>(rows),
-                                          static_cast<uint64_t>(columns), ld),
-                  "cublasLtMatrixLayoutCreate");
-    };
-    layout(&plan.w, product.dtype, product.in, product.out, product.ldw);
-    layout(&plan.x, product.dtype, product.in, product.rows, product.ldx);
-    layout(&plan.y, product.out_dtype, product.out, product.rows, product.ldy);
+    plan.w = Layout(product.dtype, product.in, product.out, product.ldw);
+    x = Layout(product.dtype, product.in, kPlannedRows, product.ldx);
+    y = Layout(product.out_dtype, product.out, kPlannedRows, product.ldy);
     CheckStatus(library_.preference_create_(&preference), "cublasLtMatmulPreferenceCreate");
+    const auto prefer = [&](int attribute, const void* value, size_t size) {
+      CheckStatus(library_.preference_set_(preference, attribute, value, size),
+                  "cublasLtMatmulPreferenceSetAttribute");
+    };
     const uint64_t workspace = kWorkspaceBytes;
-    CheckStatus(
-        library_.preference_set_(preference, kMaxWorkspaceBytes, &workspace, sizeof workspace),
-        "cublasLtMatmulPreferenceSetAttribute");
+    const uint32_t whole_sums = 0;
+    prefer(kMaxWorkspaceBytes, &workspace, sizeof workspace);
+    prefer(kReductionSchemeMask, &whole_sums, sizeof whole_sums);
     int found = 0;
-    CheckStatus(library_.heuristic_(handle_, plan.desc, plan.w, plan.x, plan.y, plan.y, preference,
-                                    1, &plan.best, &found),
-                "cublasLtMatmulAlgoGetHeuristic");
-    if (found < 1) CheckStatus(15, "finding an algorithm");
+    CheckStatus(
+        library_.heuristic_(handle_, plan.desc, plan.w, x, y, y, preference, 1, &plan.best, &found),
+        "cublasLtMatmulAlgoGetHeuristic");
+    if (found < 1) CheckStatus(kNotSupported, "finding an algorithm");
   } catch (...) {
-    if (preference) library_.preference_destroy_(preference);
+    clean_up();
     Destroy(&plan);
     throw;
   }
-  library_.preference_destroy_(preference);
+  clean_up();
   return plan;
 }
 
 void Multiplier::Run(const CublasLt::Product& p) {
-  const Key key{p.rows,
-                p.in,
+  const Key key{p.in,
                 p.out,
                 p.ldw,
-                p.ldx,
-                p.ldy,
                 static_cast<int32_t>(p.dtype),
                 static_cast<int32_t>(p.out_dtype),
                 p.bias != nullptr,
                 p.gelu,
                 p.accumulate};
   auto found = plans_.find(key);
-  if (found == plans_.end()) {
-    if (plans_.size() >= kMostPlans) {
-      for (auto& plan : plans_) Destroy(&plan.second);
-      plans_.clear();
-    }
-    found = plans_.emplace(key, Make(p)).first;
-  }
+  if (found == plans_.end()) found = plans_.emplace(key, Make(p)).first;
   Plan& plan = found->second;
   if (p.bias) {
     CheckStatus(library_.desc_set_(plan.desc, kBiasPointer, &p.bias, sizeof p.bias),
@@ -175,10 +179,20 @@ void Multiplier::Run(const CublasLt::Product& p) {
   }
   const float one = 1.0f;
   const float beta = p.accumulate ? 1.0f : 0.0f;
-  CheckStatus(
-      library_.matmul_(handle_, plan.desc, &one, p.w, plan.w, p.x, plan.x, &beta, p.y, plan.y, p.y,
-                       plan.y, plan.best.algorithm, workspace_.as<>(), workspace_.size(), stream_),
-      "cublasLtMatmul");
+  void* const x = Layout(p.dtype, p.in, p.rows, p.ldx);
+  void* y = nullptr;
+  int status = kNotSupported;
+  try {
+    y = Layout(p.out_dtype, p.out, p.rows, p.ldy);
+    status = library_.matmul_(handle_, plan.desc, &one, p.w, plan.w, p.x, x, &beta, p.y, y, p.y, y,
+                              plan.best.algorithm, workspace_.as<>(), workspace_.size(), stream_);
+  } catch (...) {
+    library_.layout_destroy_(x);
+    throw;
+  }
+  library_.layout_destroy_(x);
+  library_.layout_destroy_(y);
+  CheckStatus(status, "cublasLtMatmul");
 }
 
 }  // namespace fastgen::cuda

@@ -60,7 +60,8 @@ class CublasLt {
                  size_t workspace_size, cudaStream_t stream) = nullptr;
 };
 
-// Products on one stream. Plans are kept, so that a shape that comes again costs a launch.
+// Products on one stream. The algorithm of a matrix is chosen once, for many rows, without split sums,
+// and then serves any number of rows: a row's sums have the same order whatever is beside it.
 class Multiplier {
  public:
   Multiplier(const CublasLt& library, cudaStream_t stream);
@@ -82,13 +83,12 @@ class Multiplier {
   struct Plan {
     void* desc = nullptr;
     void* w = nullptr;
-    void* x = nullptr;
-    void* y = nullptr;
     Heuristic best = {};
   };
-  using Key = std::tuple<int32_t, int32_t, int32_t, int64_t, int64_t, int64_t, int32_t, int32_t,
-                         bool, bool, bool>;
+  // in, out, types, epilogue; strides and pointers are those of the rows' layouts or set per call.
+  using Key = std::tuple<int32_t, int32_t, int64_t, int32_t, int32_t, bool, bool, bool>;
   Plan Make(const CublasLt::Product& product);
+  void* Layout(DType dtype, int64_t rows, int64_t columns, int64_t ld) const;
   void Destroy(Plan* plan);
 
   const CublasLt& library_;

@@ -40,8 +40,9 @@ class CudaDevice {
   // Rows of a prefill pass through cuBLASLt, and without it: bounds the work space.
   static constexpr int32_t kManyRows = 8192;
   static constexpr int32_t kFewRows = 512;
-  // Up to this many rows the kernels of decode steps are the faster ones for prefill too.
-  static constexpr int32_t kMultiplierRows = 64;
+  // Prompts of up to this many tokens are fed by the kernels of decode steps, longer ones through
+  // cuBLASLt.
+  static constexpr int32_t kShortPrompt = 64;
   static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
 
   // What the host knows of a sequence.
@@ -91,6 +92,7 @@ class CudaDevice {
 
   // Prefill, in one of two ways: as decode steps multiply, or through cuBLASLt.
   void FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  void FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted, bool many);
   void CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
                   size_t end);
   void FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run);

@@ -48,17 +48,32 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
 
 // `wanted` is empty where no logits are.
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
-  const auto most = static_cast<size_t>(multiplier_ ? kManyRows : kFewRows);
+  // Which way a row goes depends on its own prompt alone, so that its bits do.
+  std::vector<Row> parts[2];
+  std::vector<float*> part_wanted[2];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const HostSlot& slot = slots_[static_cast<size_t>(rows[i].slot)];
+    const size_t part = multiplier_ && slot.prompt_length > kShortPrompt ? 1 : 0;
+    parts[part].push_back(rows[i]);
+    if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+  }
+  FeedPart(parts[0], part_wanted[0], false);
+  FeedPart(parts[1], part_wanted[1], true);
+  Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+}
+
+void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
+                          bool many) {
   // Before anything lies in the work space, which moves when it grows.
   const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
   if (any) ReserveDecode(kLogitsRows);
+  const auto most = static_cast<size_t>(many ? kManyRows : kFewRows);
   for (size_t begin = 0; begin < rows.size(); begin += most) {
     const size_t end = std::min(begin + most, rows.size());
     const auto count = static_cast<int32_t>(end - begin);
     const std::vector<PrefillRun> runs = RunsOf(rows.data() + begin, end - begin);
     int32_t longest = 0;
     for (const PrefillRun& run : runs) longest = std::max(longest, run.count);
-    const bool many = multiplier_ && count > kMultiplierRows;
     if (many) {
       ReservePrefill(count);
     } else {
@@ -80,7 +95,6 @@ void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*
     }
     if (any) CopyLogits(many ? prefill_space_.x : layer_space_.x, wanted, begin, end);
   }
-  Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
 
 // Rows [begin, end) of `wanted` say where logits of `x`, whose first row is `begin`, go.
