@@ -118,7 +118,7 @@ def torch_steps(
 @click.command()
 @click.option("--shapes", default="medium", callback=_names, show_default=True)
 @click.option("--batches", default="1,8", callback=_numbers, show_default=True)
-@click.option("--contexts", default="128,1008", callback=_numbers, show_default=True)
+@click.option("--contexts", default="128,1000", callback=_numbers, show_default=True)
 @click.option("--dtypes", default="float16", callback=_names, show_default=True)
 @click.option(
     "--peers", default="graph", callback=_names, show_default=True, help="graph, compiled"
