@@ -27,7 +27,7 @@
 #define FASTGEN_ARCH_HAS_MMA_K8 0
 #endif
 
-// Clusters of blocks: the launch attribute, and the instructions.
+// Clusters of blocks and programmatic dependent launch: the launch attributes, and the instructions.
 #if CUDART_VERSION >= 11080 && !defined(FASTGEN_CUDA_FLOOR)
 #define FASTGEN_CUDA_HAS_CLUSTERS 1
 #else

@@ -281,6 +281,7 @@ LinearArgs CudaDevice::Product(const Matrix& w, const DeviceMemory& x, int64_t l
   args.row_list = layer_space_.row_list.as<Row>();
   args.slots = device_slots_.as<Slot>();
   args.cache = layout_;
+  args.overlap = true;
   return args;
 }
 

@@ -33,10 +33,16 @@ struct LinearArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
+  // The kernel may start, and read the weights, the biases and the norm, before the kernel before it
+  // in the stream has ended, which must write none of these (programmatic dependent launch).
+  bool overlap = false;
+  int32_t cluster = 0;  // blocks that share an output, 1, 2, 4 or 8 on sm_90; 0: to be chosen
 };
 
-// Every output is one sum in an order that depends on w.in alone: a row's result is the same bits
-// with any number of rows beside it.
+// Every output is one sum in an order that depends on w.in and w.dtype alone: a row's result is the
+// same bits with any number of rows beside it, and with any `cluster`. Weights of 16 bits and fewer
+// go to tensor cores where there are any (sm_80), also for one row, with x as the sum of two numbers
+// of 16 bits; float32 weights are multiplied in float32.
 cudaError_t Linear(const LinearArgs& args, cudaStream_t stream);
 
 // ---- rows.cu: what is done per row --------------------------------------------------------------
@@ -50,6 +56,7 @@ struct EmbedArgs {
   int32_t rows = 0;
   float* out = nullptr;  // [rows, ldo]; zero for padding rows
   int64_t ldo = 0;
+  bool overlap = false;  // as for Linear
 };
 cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream);
 

@@ -99,6 +99,8 @@ class LinearArgs(ctypes.Structure):
         ("slots", _ptr),
         ("cache", CacheLayout),
         ("layer", _i32),
+        ("overlap", ctypes.c_bool),
+        ("cluster", _i32),
     ]
 
 
@@ -112,6 +114,7 @@ class EmbedArgs(ctypes.Structure):
         ("rows", _i32),
         ("out", _ptr),
         ("ldo", _i64),
+        ("overlap", ctypes.c_bool),
     ]
 
 
