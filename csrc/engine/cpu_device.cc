@@ -41,19 +41,6 @@ int ResolveThreads(int32_t asked) {
 
 }  // namespace
 
-std::unique_ptr<Device> MakeDevice(const ModelConfig& config, WeightSource& weights,
-                                   const DeviceOptions& options) {
-  if (options.device != "cpu") {
-    throw base::Error(FASTGEN_UNSUPPORTED,
-                      "device=" + options.device + " is not in this build, which has: cpu");
-  }
-  if (options.weight_dtype != "float32") {
-    throw base::Error(FASTGEN_UNSUPPORTED, "weight_dtype=" + options.weight_dtype +
-                                               " is not in this build, which has: float32");
-  }
-  return std::make_unique<CpuDevice>(config, weights, options);
-}
-
 CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),

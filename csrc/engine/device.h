@@ -40,13 +40,17 @@ struct DecodeResult {
 };
 
 struct DeviceInfo {
-  std::string device;        // "cpu"
+  std::string device;        // "cpu", "cuda"
   std::string isa;           // kernel set in use
   std::string weight_dtype;  // "float32"
   int32_t num_threads = 0;
   uint64_t weight_bytes = 0;
   uint64_t step_bytes = 0;
   uint64_t cache_bytes_per_token = 0;
+  // What suits it: prompt tokens of one Prefill(), and how many of a prompt's last ones Decode() may
+  // be left to feed at little cost.
+  int32_t prefill_tokens = 512;
+  int32_t tail_tokens = 64;
 };
 
 // Thread-safe: sessions on different threads share one device, a call at a time.

@@ -13,11 +13,6 @@
 namespace fastgen::engine {
 namespace {
 
-// Prompt tokens of one step: enough to use the processor well, few enough to return soon.
-constexpr int32_t kPrefillTokens = 512;
-// Prompt tokens that may be left to the first decode step: while the weights are read, a few more
-// rows are nearly free, and a short prompt has its first token after one pass instead of two.
-constexpr size_t kTailTokens = 64;
 // Steps asked of the device in one call when nobody waits.
 constexpr int32_t kMaxStepsAtOnce = 64;
 
@@ -46,12 +41,14 @@ Session::~Session() {
   }
 }
 
-// What is not in the cache of the prompt can be fed by the first decode step: its last token, or a
-// few when no other sequence waits for the same prompt to be copied.
+// What is not in the cache of the prompt can be fed by the first decode step: its last token, or, where
+// that costs the device little, a few when no other sequence waits for the same prompt to be copied:
+// a short prompt then has its first token after one pass over the weights instead of two.
 bool Session::IsReady(const Sequence& sequence) const {
   const size_t left = sequence.prompt->size() - static_cast<size_t>(sequence.prefilled);
   const long owners = sequence.prompt == last_prompt_ ? 2 : 1;
-  return left == 1 || (left <= kTailTokens && sequence.prompt.use_count() <= owners);
+  return left == 1 || (left <= static_cast<size_t>(model_->device().info().tail_tokens) &&
+                       sequence.prompt.use_count() <= owners);
 }
 
 Sequence& Session::Find(uint64_t id) const {
@@ -186,7 +183,7 @@ bool Session::Follows(size_t index) const {
 void Session::Prefill() {
   Sequences fed;
   std::vector<PrefillChunk> chunks;
-  int32_t left = kPrefillTokens;
+  int32_t left = model_->device().info().prefill_tokens;
   for (size_t i = 0; i < open_.size() && left > 0; ++i) {
     Sequence* const sequence = open_[i];
     if (IsReady(*sequence) || Follows(i)) continue;

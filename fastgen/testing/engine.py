@@ -128,6 +128,8 @@ class EngineModel:
         tensors: its weights, with PaddleNLP's names.
         isa: kernel set; the best one when None.
         num_threads: of the model.
+        device: ``cpu`` or ``cuda``.
+        weight_dtype: the type that the weights are kept in.
     """
 
     def __init__(
@@ -136,6 +138,8 @@ class EngineModel:
         tensors: Tensors,
         isa: str | None = None,
         num_threads: int = 1,
+        device: str = "cpu",
+        weight_dtype: str = "float32",
     ) -> None:
         lib = _capi.library()
         self.shape = shape
@@ -163,6 +167,8 @@ class EngineModel:
         lib.fastgen_model_options_init(ctypes.byref(options))
         options.isa = isa.encode() if isa is not None else None
         options.num_threads = num_threads
+        options.device = device.encode()
+        options.weight_dtype = weight_dtype.encode()
         _capi.check(
             lib.fastgen_model_create(
                 ctypes.byref(config),

@@ -125,15 +125,17 @@ struct File {
   enum { kNone, kLastByte, kAny } harmless;
   bool may_be_missing;
   bool may_have_more;  // a NUL at its end
+  bool of_an_export;   // else it is read where there is no fastgen.json
 };
 
 constexpr File kFiles[] = {
-    {"fastgen.json", kModel, File::kLastByte, false, false},
-    {"gpt.pdiparams", kModel, File::kNone, false, false},
-    {"vocab.txt", kTokenizer, File::kAny, false, true},
-    {"merges.txt", kTokenizer, File::kAny, false, false},
-    {"special_tokens_map.json", kTokenizer, File::kLastByte, true, false},
-    {"tokenizer_config.json", kTokenizer, File::kLastByte, true, false},
+    {"fastgen.json", kModel, File::kLastByte, false, false, true},
+    {"fastgen.json", kTokenizer, File::kLastByte, true, false, true},
+    {"gpt.pdiparams", kModel, File::kNone, false, false, true},
+    {"vocab.txt", kTokenizer, File::kAny, false, true, true},
+    {"merges.txt", kTokenizer, File::kAny, false, false, true},
+    {"special_tokens_map.json", kTokenizer, File::kLastByte, true, false, false},
+    {"tokenizer_config.json", kTokenizer, File::kLastByte, true, false, false},
 };
 
 // Bytes whose change matters: of gpt.pdiparams the records' headers and the first byte after each
@@ -199,8 +201,9 @@ class Damager {
     std::filesystem::remove(path);
     WriteFile(path, good);
     Expect(true, file, name + " restored");
-    std::printf("%-23s %5d truncations refused, %4d loaded; %4d flips refused, %4d loaded\n",
-                file.name, truncated.refused, truncated.loaded, flipped.refused, flipped.loaded);
+    std::printf("%-23s %-9s %5d truncations refused, %4d loaded; %4d flips refused, %4d loaded\n",
+                file.name, file.loader.name, truncated.refused, truncated.loaded, flipped.refused,
+                flipped.loaded);
   }
 
   // Directories that lead nowhere.
@@ -265,11 +268,16 @@ int main(int argc, char** argv) {
     const fastgen::tests::MemoryLimit limit(kMaxGrowth);
     Damager damager(scratch, std::atoi(argv[2]));
     const std::string manifest = ReadFile(scratch + "/fastgen.json");
-    for (const File& file : kFiles) {
-      const std::string path = scratch + "/" + file.name;
-      if (std::filesystem::exists(path)) damager.DamageFile(file, ReadFile(path), manifest);
-    }
     damager.DamageDirectory();
+    for (const bool of_an_export : {true, false}) {
+      if (!of_an_export) std::filesystem::remove(scratch + "/fastgen.json");
+      for (const File& file : kFiles) {
+        const std::string path = scratch + "/" + file.name;
+        if (file.of_an_export == of_an_export && std::filesystem::exists(path)) {
+          damager.DamageFile(file, ReadFile(path), manifest);
+        }
+      }
+    }
     std::filesystem::remove_all(scratch);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "corrupt_export: %s\n", error.what());

@@ -42,7 +42,10 @@ int32_t TokenOf(const std::vector<int32_t>& prompt, const SamplingParams& sampli
 // device.h. Fails on purpose with probability 1 / `failure_odds`.
 class StrictDevice : public Device {
  public:
-  explicit StrictDevice(uint64_t seed) : random_(seed) {}
+  explicit StrictDevice(uint64_t seed) : random_(seed) {
+    info_.prefill_tokens = static_cast<int32_t>(1 + random_() % 20);
+    info_.tail_tokens = static_cast<int32_t>(1 + random_() % 6);
+  }
 
   size_t num_open() const { return slots_.size(); }
   void set_failure_odds(uint64_t odds) { failure_odds_ = odds; }
@@ -68,8 +71,11 @@ class StrictDevice : public Device {
   void Prefill(const PrefillChunk* chunks, size_t count) override {
     if (count == 0) Broken("nothing is prefilled");
     MaybeFail(FASTGEN_INTERNAL);
+    int32_t left = info_.prefill_tokens;
     for (size_t i = 0; i < count; ++i) {
       Slot& slot = At(chunks[i].slot);
+      left -= chunks[i].count;
+      if (left < 0) Broken("more is prefilled than suits the device");
       if (chunks[i].begin != slot.prefilled || chunks[i].count < 1) Broken("chunks have gaps");
       slot.prefilled += chunks[i].count;
       if (slot.prefilled >= static_cast<int32_t>(slot.prompt.size())) Broken("all is prefilled");
@@ -95,9 +101,11 @@ class StrictDevice : public Device {
       for (size_t i = 0; i < count; ++i, ++results) {
         Slot& slot = At(slots[i]);
         *results = DecodeResult();
-        if (slot.prefilled + 1 != static_cast<int32_t>(slot.prompt.size())) {
+        const int32_t unfed = static_cast<int32_t>(slot.prompt.size()) - slot.prefilled;
+        if (unfed < 1 || unfed > info_.tail_tokens) {
           Broken("a sequence decodes before its prompt is there");
         }
+        slot.prefilled += unfed - 1;
         if (step == 0 && slot.finished) Broken("a finished sequence decodes");
         if (slot.finished) continue;
         results->token = TokenOf(slot.prompt, slot.sampling, slot.generated++);

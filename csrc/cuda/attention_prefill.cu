@@ -1,0 +1,400 @@
+// Attention of prefill with tensor cores: a block attends from a tile of queries of a head to the
+// sequence's keys, 16 or 32 queries a warp, with the softmax of the scores kept up to date in
+// registers as keys come. Keys and values go to shared memory while the tile before is worked on.
+//
+// Tiles of keys start at multiples of their size from position 0 and those past a query's own
+// position change nothing, so a query's result does not depend on where its tile or its run begins.
+#include <type_traits>
+
+#include "cuda/attention.h"
+
+namespace fastgen {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr unsigned kAll = 0xffffffffu;
+
+// kHead: head size, rounded up. kKeys: keys of a tile. kTiles: times 16 queries of a warp.
+template <typename T, int kHead_, int kKeys_, int kTiles_>
+struct Shape {
+  using Type = T;
+  static constexpr int kHead = kHead_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kTiles = kTiles_;
+  static constexpr int kWarpRows = 16 * kTiles;
+  static constexpr int kRows = kThreads / 32 * kWarpRows;
+  static constexpr int kChunks = kHead / 8;  // times 16 bytes
+  static constexpr int kRowBytes = kHead * 2;
+  static constexpr int kPages = kKeys / kPage;
+  // Queries, then two stages of keys and values.
+  static constexpr int kStageBytes = 2 * kKeys * kRowBytes;
+  static constexpr int kSharedBytes = kRows * kRowBytes + 2 * kStageBytes;
+  static constexpr bool kKeepQueries = kHead <= 64;  // in registers
+};
+
+// Where 16 bytes of a row lie in shared memory: eight rows' same chunk are in different banks.
+template <typename S>
+__device__ inline char* At(char* rows, int row, int chunk) {
+  return rows + row * S::kRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+// Rows of `ld` elements can be read and written 16 bytes at a time.
+__device__ inline bool IsVectorAligned(const void* data, int64_t ld, int head_size) {
+  return (reinterpret_cast<uintptr_t>(data) & 15) == 0 && ld % 8 == 0 && head_size % 8 == 0;
+}
+
+template <typename S>
+__device__ inline void LoadQueries(char* shared, const uint16_t* q, int64_t ld, int rows,
+                                   int head_size, bool vectors) {
+  for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += kThreads) {
+    const int row = i / S::kChunks, chunk = i % S::kChunks;
+    char* to = At<S>(shared, row, chunk);
+    if (vectors && row < rows && chunk * 8 < head_size) {
+      Copy16(to, q + row * ld + chunk * 8, true);
+      continue;
+    }
+    for (int e = 0; e < 8; ++e) {
+      const int d = chunk * 8 + e;
+      reinterpret_cast<uint16_t*>(to)[e] = row < rows && d < head_size ? q[row * ld + d] : 0;
+    }
+  }
+}
+
+// Starts copying the tile of keys and values at `position`; what is at or after `length` becomes
+// zero, as it may hold anything.
+template <typename S>
+__device__ inline void LoadKeys(char* stage, const char* const (&pages)[S::kPages], int64_t keys,
+                                int64_t values, int head_stride, int position, int length) {
+  constexpr int kPassRows = kThreads / S::kChunks;
+  static_assert(kPage % kPassRows == 0, "a pass lies within a page");
+  const int row = threadIdx.x / S::kChunks, chunk = threadIdx.x % S::kChunks;
+  const bool inside = chunk * 8 < head_stride;
+#pragma unroll
+  for (int pass = 0; pass < S::kKeys / kPassRows; ++pass) {
+    const int first = pass * kPassRows;
+    const char* page = pages[first / kPage];
+    const int64_t from = ((first % kPage + row) * head_stride + chunk * 8) * 2;
+    const bool valid = inside && position + first + row < length;
+    char* to = At<S>(stage, first + row, chunk);
+    Copy16(to, valid ? page + keys + from : page, valid);
+    Copy16(to + S::kKeys * S::kRowBytes, valid ? page + values + from : page, valid);
+  }
+}
+
+template <typename S>
+__device__ inline void LoadQueryFragment(uint32_t (&a)[4], char* queries, int row, int step,
+                                         int lane) {
+  LoadMatrices(a, At<S>(queries, row + (lane & 15), step * 2 + (lane >> 4)));
+}
+
+__device__ inline float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+
+__device__ inline float QuadSum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+template <typename T>
+__device__ inline float Saturate(float x) {
+  return x;  // a mean of bfloat16 values is far from where bfloat16 ends, or was there already
+}
+template <>
+__device__ inline float Saturate<__half>(float x) {
+  return SaturateHalf(x);
+}
+
+// The softmax of 16 queries so far: each thread holds two rows, eight apart.
+struct Running {
+  float max[2];
+  float sum[2];
+};
+
+// Turns scores into weights, by which older sums shrink by `shrink`.
+template <int kCount>
+__device__ inline void Softmax(float (&s)[kCount][4], Running* running, float (&shrink)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float max = running->max[half];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      max = fmaxf(max, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    }
+    max = QuadMax(max);
+    const float offset = __fmul_rn(max, -kLog2e);
+    shrink[half] = Exp2(__fmul_rn(running->max[half] - max, kLog2e));  // 1 if max stays
+    running->max[half] = max;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[n][e] = Exp2(__fmaf_rn(s[n][e], kLog2e, offset));
+        sum = __fadd_rn(sum, s[n][e]);
+      }
+    }
+    running->sum[half] = __fmaf_rn(running->sum[half], shrink[half], sum);
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionArgs args) {
+  if (!HasMma<typename S::Type>::value) return;  // the launcher chose another kernel
+  extern __shared__ __align__(128) char prefill_shared[];
+  const PrefillRun run = args.runs[blockIdx.y];
+  // Later queries see more keys: they start first.
+  const int first = (gridDim.z - 1 - blockIdx.z) * S::kRows;
+  if (run.slot < 0 || first >= run.count) return;
+  const int head = blockIdx.x, head_size = args.cache.head_size;
+  const int head_stride = args.cache.head_stride;
+  const int lane = threadIdx.x % 32;
+  const int warp_row = threadIdx.x / 32 * S::kWarpRows;
+  const int rows = min(S::kRows, run.count - first);
+  const int begin = run.begin + first;  // position of the block's first query
+  const int length = begin + rows;      // keys that its last query sees
+  const int64_t column = static_cast<int64_t>(head) * head_size;
+  const int64_t keys = HeadOffset(args.cache, args.layer, 0, head) * 2;
+  const int64_t values = HeadOffset(args.cache, args.layer, 1, head) * 2;
+
+  char* const queries = prefill_shared;
+  char* const stages = prefill_shared + S::kRows * S::kRowBytes;
+  LoadQueries<S>(queries,
+                 static_cast<const uint16_t*>(args.q) + (run.first_row + first) * args.ldq + column,
+                 args.ldq, rows, head_size, IsVectorAligned(args.q, args.ldq, head_size));
+  CommitCopies();
+
+  const char* const* page_list = const_cast<const char* const*>(args.slots[run.slot].pages);
+  const int last_page = (length - 1) / kPage;
+  const char* pages[S::kPages];
+#pragma unroll
+  for (int p = 0; p < S::kPages; ++p) pages[p] = page_list[min(p, last_page)];
+  LoadKeys<S>(stages, pages, keys, values, head_stride, 0, length);
+  CommitCopies();
+#pragma unroll
+  for (int p = 0; p < S::kPages; ++p) pages[p] = page_list[min(S::kPages + p, last_page)];
+
+  uint32_t q[S::kKeepQueries ? S::kTiles : 1][S::kKeepQueries ? S::kHead / 16 : 1][4];
+  if (S::kKeepQueries) {
+    WaitCopies<1>();
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < S::kTiles; ++m) {
+#pragma unroll
+      for (int step = 0; step < S::kHead / 16; ++step) {
+        LoadQueryFragment<S>(q[m][S::kKeepQueries ? step : 0], queries, warp_row + 16 * m, step,
+                             lane);
+      }
+    }
+  }
+
+  float o[S::kTiles][S::kHead / 8][4];
+#pragma unroll
+  for (int m = 0; m < S::kTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < S::kHead / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[m][n][e] = 0.0f;
+    }
+  }
+  Running running[S::kTiles];
+#pragma unroll
+  for (int m = 0; m < S::kTiles; ++m) {
+    running[m].max[0] = running[m].max[1] = -Infinity();
+    running[m].sum[0] = running[m].sum[1] = 0.0f;
+  }
+
+  for (int tile = 0; tile * S::kKeys < length; ++tile) {
+    const int position = tile * S::kKeys;
+    WaitCopies<0>();
+    __syncthreads();
+    char* const k_shared = stages + (tile & 1) * S::kStageBytes;
+    char* const v_shared = k_shared + S::kKeys * S::kRowBytes;
+    if (position + S::kKeys < length) {
+      LoadKeys<S>(stages + (~tile & 1) * S::kStageBytes, pages, keys, values, head_stride,
+                  position + S::kKeys, length);
+      CommitCopies();
+#pragma unroll
+      for (int p = 0; p < S::kPages; ++p) {
+        pages[p] = page_list[min((tile + 2) * S::kPages + p, last_page)];
+      }
+    }
+    if (position >= begin + warp_row + S::kWarpRows)
+      continue;  // none of this warp's queries sees it
+
+    float s[S::kTiles][S::kKeys / 8][4];
+#pragma unroll
+    for (int m = 0; m < S::kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < S::kHead / 16; ++step) {
+      if (!S::kKeepQueries) LoadQueryFragment<S>(q[0][0], queries, warp_row, step, lane);
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 16; ++n) {
+        uint32_t b[4];
+        LoadMatrices(
+            b, At<S>(k_shared, n * 16 + (lane & 7) + (lane >> 4) * 8, step * 2 + (lane >> 3 & 1)));
+#pragma unroll
+        for (int m = 0; m < S::kTiles; ++m) {
+          const uint32_t (&a)[4] = q[m][S::kKeepQueries ? step : 0];
+          Mma<typename S::Type>(s[m][2 * n], a, b[0], b[1]);
+          Mma<typename S::Type>(s[m][2 * n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+
+    if (position + S::kKeys - 1 > begin + warp_row) {
+#pragma unroll
+      for (int m = 0; m < S::kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < S::kKeys / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int key = position + n * 8 + lane % 4 * 2 + (e & 1);
+            const int query = begin + warp_row + m * 16 + lane / 4 + (e >> 1) * 8;
+            if (key > query) s[m][n][e] = -Infinity();
+          }
+        }
+      }
+    }
+
+    uint32_t p[S::kTiles][S::kKeys / 16][4];
+#pragma unroll
+    for (int m = 0; m < S::kTiles; ++m) {
+      float shrink[2];
+      Softmax(s[m], &running[m], shrink);
+#pragma unroll
+      for (int n = 0; n < S::kHead / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[m][n][e] = __fmul_rn(o[m][n][e], shrink[e >> 1]);
+      }
+      // Scores lie in registers as an operand of the next product wants them.
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 16; ++n) {
+        p[m][n][0] = PackPair<typename S::Type>(s[m][2 * n][0], s[m][2 * n][1]);
+        p[m][n][1] = PackPair<typename S::Type>(s[m][2 * n][2], s[m][2 * n][3]);
+        p[m][n][2] = PackPair<typename S::Type>(s[m][2 * n + 1][0], s[m][2 * n + 1][1]);
+        p[m][n][3] = PackPair<typename S::Type>(s[m][2 * n + 1][2], s[m][2 * n + 1][3]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < S::kKeys / 16; ++n) {
+#pragma unroll
+      for (int d = 0; d < S::kHead / 16; ++d) {
+        uint32_t b[4];
+        LoadMatricesTransposed(b, At<S>(v_shared, n * 16 + (lane & 15), d * 2 + (lane >> 4)));
+#pragma unroll
+        for (int m = 0; m < S::kTiles; ++m) {
+          Mma<typename S::Type>(o[m][2 * d], p[m][n], b[0], b[1]);
+          Mma<typename S::Type>(o[m][2 * d + 1], p[m][n], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // The results go out through the shared memory of the warp's own queries, 16 bytes at a time.
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < S::kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + m * 16 + half * 8 + lane / 4;
+      const float scale = __fdiv_rn(1.0f, QuadSum(running[m].sum[half]));
+#pragma unroll
+      for (int n = 0; n < S::kHead / 8; ++n) {
+        const float low = Saturate<typename S::Type>(o[m][n][2 * half] * scale);
+        const float high = Saturate<typename S::Type>(o[m][n][2 * half + 1] * scale);
+        reinterpret_cast<uint32_t*>(At<S>(queries, row, n))[lane % 4] =
+            PackPair<typename S::Type>(low, high);
+      }
+    }
+  }
+  __syncwarp();
+  const bool vectors = IsVectorAligned(args.out, args.ldo, head_size);
+  uint16_t* const out =
+      static_cast<uint16_t*>(args.out) + (run.first_row + first) * args.ldo + column;
+  for (int i = lane; i < S::kWarpRows * S::kChunks; i += 32) {
+    const int row = warp_row + i / S::kChunks, d = i % S::kChunks * 8;
+    if (row >= rows || d >= head_size) continue;
+    const char* from = At<S>(queries, row, d / 8);
+    if (vectors) {
+      *reinterpret_cast<uint4*>(out + row * args.ldo + d) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int e = 0; e < 8 && d + e < head_size; ++e) {
+        out[row * args.ldo + d + e] = reinterpret_cast<const uint16_t*>(from)[e];
+      }
+    }
+  }
+}
+
+// Whether the kernel was compiled for an architecture with the products and fits the device.
+template <typename S>
+bool CanRun(int device) {
+  int most = 0;
+  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      most < S::kSharedBytes) {
+    return false;
+  }
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, MmaKernel<S>) != cudaSuccess) return false;
+  return attributes.ptxVersion >= (std::is_same<typename S::Type, __half>::value ? 75 : 80);
+}
+
+template <typename S>
+cudaError_t Launch(const PrefillAttentionArgs& args, cudaStream_t stream) {
+  auto kernel = MmaKernel<S>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  const dim3 grid(args.cache.num_heads, args.num_runs,
+                  (args.longest_run + S::kRows - 1) / S::kRows);
+  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename S>
+cudaError_t LaunchIfAble(const PrefillAttentionArgs& args, int device, cudaStream_t stream) {
+  return CanRun<S>(device) ? Launch<S>(args, stream) : PrefillAttentionFma(args, stream);
+}
+
+template <typename T>
+cudaError_t LaunchType(const PrefillAttentionArgs& args, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  const int head_size = args.cache.head_size;
+  if (head_size > 128) return LaunchIfAble<Shape<T, 256, 32, 1>>(args, device, stream);
+  if (head_size > 64) return LaunchIfAble<Shape<T, 128, 64, 1>>(args, device, stream);
+  using Large = Shape<T, 64, 64, 2>;
+  const int64_t blocks = static_cast<int64_t>(args.cache.num_heads) * args.num_runs *
+                         ((args.longest_run + Large::kRows - 1) / Large::kRows);
+  if (blocks >= 2 * multiprocessors) return LaunchIfAble<Large>(args, device, stream);
+  return LaunchIfAble<Shape<T, 64, 64, 1>>(args, device, stream);
+}
+
+}  // namespace
+
+cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream) {
+  if (args.num_runs <= 0 || args.longest_run <= 0) return cudaSuccess;
+  if (args.cache.head_size > 256) return cudaErrorInvalidValue;
+  if (args.dtype == args.cache.dtype) {
+    if (args.dtype == DType::kFloat16) return LaunchType<__half>(args, stream);
+#if FASTGEN_CUDA_HAS_11
+    if (args.dtype == DType::kBFloat16) return LaunchType<BFloat16>(args, stream);
+#endif
+  }
+  return PrefillAttentionFma(args, stream);
+}
+
+}  // namespace cuda
+}  // namespace fastgen

@@ -1,0 +1,198 @@
+#include "cuda/cublaslt.h"
+
+#include <dlfcn.h>
+
+#include <initializer_list>
+
+namespace fastgen::cuda {
+namespace {
+
+// Values of cuBLASLt's enumerations, CUDA 11 and newer.
+constexpr int kCompute32F = 68;
+enum DataType { kReal32F = 0, kReal16F = 2, kReal16BF = 14 };
+enum DescAttribute { kTransA = 3, kTransB = 4, kEpilogue = 7, kBiasPointer = 8 };
+enum Epilogue { kDefault = 1, kBias = 4, kGeluTanh = 32, kGeluTanhBias = 36 };
+constexpr int32_t kTransposed = 1, kNotTransposed = 0;
+enum PreferenceAttribute { kMaxWorkspaceBytes = 1, kReductionSchemeMask = 3 };
+
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+constexpr int32_t kPlannedRows = 2048;
+
+int TypeOf(DType dtype) {
+  if (dtype == DType::kFloat32) return kReal32F;
+  return dtype == DType::kBFloat16 ? kReal16BF : kReal16F;
+}
+
+constexpr int kNotSupported = 15, kAllocFailed = 3;  // of its status codes
+
+void CheckStatus(int status, const char* what) {
+  if (status != 0) {
+    throw base::Error(
+        status == kAllocFailed ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
+        std::string("cuBLASLt: ") + what + " failed with status " + std::to_string(status));
+  }
+}
+
+}  // namespace
+
+void* CublasLt::Find(const char* name) { return dlsym(library_, name); }
+
+const CublasLt* CublasLt::Open(std::string* why) {
+  struct Opened {
+    CublasLt library;
+    bool usable = false;
+    std::string why;
+  };
+  static const Opened* const opened = [] {
+    auto* o = new Opened;  // never closed, so never freed
+    CublasLt& lt = o->library;
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    for (const int major : {13, 12, 11}) {
+      if (major > driver / 1000) continue;
+      const std::string name = "libcublasLt.so." + std::to_string(major);
+      lt.library_ = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+      if (lt.library_) break;
+      o->why = name + " cannot be opened";
+    }
+    if (!lt.library_) return o;
+    const auto get_version = reinterpret_cast<size_t (*)()>(lt.Find("cublasLtGetVersion"));
+    bool all = get_version != nullptr;
+    const auto find = [&](auto* function, const char* name) {
+      using Function = std::remove_reference_t<decltype(*function)>;
+      *function = reinterpret_cast<Function>(lt.Find(name));
+      all = all && *function;
+    };
+    find(&lt.create_, "cublasLtCreate");
+    find(&lt.destroy_, "cublasLtDestroy");
+    find(&lt.desc_create_, "cublasLtMatmulDescCreate");
+    find(&lt.desc_destroy_, "cublasLtMatmulDescDestroy");
+    find(&lt.desc_set_, "cublasLtMatmulDescSetAttribute");
+    find(&lt.layout_create_, "cublasLtMatrixLayoutCreate");
+    find(&lt.layout_destroy_, "cublasLtMatrixLayoutDestroy");
+    find(&lt.preference_create_, "cublasLtMatmulPreferenceCreate");
+    find(&lt.preference_destroy_, "cublasLtMatmulPreferenceDestroy");
+    find(&lt.preference_set_, "cublasLtMatmulPreferenceSetAttribute");
+    find(&lt.heuristic_, "cublasLtMatmulAlgoGetHeuristic");
+    find(&lt.matmul_, "cublasLtMatmul");
+    if (!all) {
+      o->why = "libcublasLt lacks a function that is needed";
+      return o;
+    }
+    lt.version_ = static_cast<int64_t>(get_version());
+    o->usable = true;
+    return o;
+  }();
+  if (why) *why = opened->why;
+  return opened->usable ? &opened->library : nullptr;
+}
+
+Multiplier::Multiplier(const CublasLt& library, cudaStream_t stream)
+    : library_(library), stream_(stream) {
+  CheckStatus(library_.create_(&handle_), "cublasLtCreate");
+  workspace_ = DeviceMemory(kWorkspaceBytes, "the workspace of cuBLASLt");
+}
+
+Multiplier::~Multiplier() {
+  for (auto& plan : plans_) Destroy(&plan.second);
+  if (handle_) library_.destroy_(handle_);
+}
+
+void Multiplier::Destroy(Plan* plan) {
+  if (plan->desc) library_.desc_destroy_(plan->desc);
+  if (plan->w) library_.layout_destroy_(plan->w);
+}
+
+void* Multiplier::Layout(DType dtype, int64_t rows, int64_t columns, int64_t ld) const {
+  void* made = nullptr;
+  CheckStatus(library_.layout_create_(&made, TypeOf(dtype), static_cast<uint64_t>(rows),
+                                      static_cast<uint64_t>(columns), ld),
+              "cublasLtMatrixLayoutCreate");
+  return made;
+}
+
+// Column-major, which is how cuBLASLt counts: y' [out, rows] = w' transposed [out, in] x' [in, rows].
+Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
+  Plan plan;
+  void* preference = nullptr;
+  void* x = nullptr;
+  void* y = nullptr;
+  const auto clean_up = [&] {
+    if (preference) library_.preference_destroy_(preference);
+    if (x) library_.layout_destroy_(x);
+    if (y) library_.layout_destroy_(y);
+  };
+  try {
+    CheckStatus(library_.desc_create_(&plan.desc, kCompute32F, kReal32F),
+                "cublasLtMatmulDescCreate");
+    const auto set = [&](int attribute, const void* value, size_t size) {
+      CheckStatus(library_.desc_set_(plan.desc, attribute, value, size),
+                  "cublasLtMatmulDescSetAttribute");
+    };
+    set(kTransA, &kTransposed, sizeof kTransposed);
+    set(kTransB, &kNotTransposed, sizeof kNotTransposed);
+    const int32_t epilogue = product.gelu ? (product.bias ? kGeluTanhBias : kGeluTanh)
+                                          : (product.bias ? kBias : kDefault);
+    set(kEpilogue, &epilogue, sizeof epilogue);
+    if (product.bias) set(kBiasPointer, &product.bias, sizeof product.bias);
+    plan.w = Layout(product.dtype, product.in, product.out, product.ldw);
+    x = Layout(product.dtype, product.in, kPlannedRows, product.ldx);
+    y = Layout(product.out_dtype, product.out, kPlannedRows, product.ldy);
+    CheckStatus(library_.preference_create_(&preference), "cublasLtMatmulPreferenceCreate");
+    const auto prefer = [&](int attribute, const void* value, size_t size) {
+      CheckStatus(library_.preference_set_(preference, attribute, value, size),
+                  "cublasLtMatmulPreferenceSetAttribute");
+    };
+    const uint64_t workspace = kWorkspaceBytes;
+    const uint32_t whole_sums = 0;
+    prefer(kMaxWorkspaceBytes, &workspace, sizeof workspace);
+    prefer(kReductionSchemeMask, &whole_sums, sizeof whole_sums);
+    int found = 0;
+    CheckStatus(
+        library_.heuristic_(handle_, plan.desc, plan.w, x, y, y, preference, 1, &plan.best, &found),
+        "cublasLtMatmulAlgoGetHeuristic");
+    if (found < 1) CheckStatus(kNotSupported, "finding an algorithm");
+  } catch (...) {
+    clean_up();
+    Destroy(&plan);
+    throw;
+  }
+  clean_up();
+  return plan;
+}
+
+void Multiplier::Run(const CublasLt::Product& p) {
+  const Key key{p.in,
+                p.out,
+                p.ldw,
+                static_cast<int32_t>(p.dtype),
+                static_cast<int32_t>(p.out_dtype),
+                p.bias != nullptr,
+                p.gelu,
+                p.accumulate};
+  auto found = plans_.find(key);
+  if (found == plans_.end()) found = plans_.emplace(key, Make(p)).first;
+  Plan& plan = found->second;
+  if (p.bias) {
+    CheckStatus(library_.desc_set_(plan.desc, kBiasPointer, &p.bias, sizeof p.bias),
+                "cublasLtMatmulDescSetAttribute");
+  }
+  const float one = 1.0f;
+  const float beta = p.accumulate ? 1.0f : 0.0f;
+  void* const x = Layout(p.dtype, p.in, p.rows, p.ldx);
+  void* y = nullptr;
+  int status = kNotSupported;
+  try {
+    y = Layout(p.out_dtype, p.out, p.rows, p.ldy);
+    status = library_.matmul_(handle_, plan.desc, &one, p.w, plan.w, p.x, x, &beta, p.y, y, p.y, y,
+                              plan.best.algorithm, workspace_.as<>(), workspace_.size(), stream_);
+  } catch (...) {
+    library_.layout_destroy_(x);
+    throw;
+  }
+  library_.layout_destroy_(x);
+  library_.layout_destroy_(y);
+  CheckStatus(status, "cublasLtMatmul");
+}
+
+}  // namespace fastgen::cuda

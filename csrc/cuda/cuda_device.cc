@@ -1,0 +1,523 @@
+#include "cuda/cuda_device.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/pack.h"
+
+namespace fastgen::cuda {
+namespace {
+
+// Steps that the host launches ahead of the one it waits for: enough to keep the device busy.
+constexpr int32_t kAhead = 2;
+constexpr int32_t kMaxSteps = 64;  // of one Decode()
+
+// Rows of a step come in few sizes, each of which has its graphs.
+int32_t Bucket(size_t rows) {
+  const auto n = static_cast<int32_t>(rows);
+  if (n <= 8) return n;
+  int32_t unit = 4;
+  while (n > 4 * unit) unit *= 2;
+  return static_cast<int32_t>(RoundUp(n, unit));
+}
+
+DType ActivationType(DType weights) {
+  return weights == DType::kFloat32 || weights == DType::kBFloat16 ? weights : DType::kFloat16;
+}
+
+}  // namespace
+
+CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginOptions& options,
+                       const engine::PluginWeights& weights)
+    : config_(config),
+      index_(options.device_index),
+      weight_dtype_(ParseWeightType(options.weight_dtype)),
+      activation_dtype_(ActivationType(weight_dtype_)),
+      hidden_stride_(RoundUp(config.hidden_size, 32)),
+      qkv_stride_(RoundUp(int64_t{3} * config.hidden_size, 32)),
+      wide_stride_(RoundUp(config.intermediate_size, 32)),
+      logits_stride_(RoundUp(config.vocab_size, 32)) {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status != cudaSuccess || devices == 0) {
+    cudaGetLastError();
+    throw base::Error(FASTGEN_UNSUPPORTED,
+                      std::string("device=cuda: there is no usable NVIDIA device: ") +
+                          (status == cudaSuccess ? "none found" : cudaGetErrorString(status)));
+  }
+  if (index_ >= devices) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT,
+                      "device=cuda:" + std::to_string(index_) + ": this machine has " +
+                          std::to_string(devices) + (devices == 1 ? " device" : " devices") +
+                          ", counted from 0");
+  }
+  Check(cudaSetDevice(index_), "choosing the device");
+  Check(cudaGetDeviceProperties(&properties_, index_), "asking what the device is");
+  if (CheckMachineCode() != cudaSuccess) {
+    cudaGetLastError();
+    throw base::Error(FASTGEN_UNSUPPORTED,
+                      std::string("device=cuda: this build of libfastgen_cuda has no machine code "
+                                  "for ") +
+                          properties_.name + ", compute capability " +
+                          std::to_string(properties_.major) + "." +
+                          std::to_string(properties_.minor));
+  }
+  Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  try {
+    weights_ =
+        std::make_unique<Weights>(config_, weight_dtype_, activation_dtype_, weights, stream_);
+    layout_ = MakeCacheLayout(activation_dtype_, config_.num_layers, config_.num_heads,
+                              config_.hidden_size / config_.num_heads);
+    pages_ = std::make_unique<PagePool>(layout_);
+    if (const CublasLt* library = CublasLt::Open(nullptr)) {
+      multiplier_ = std::make_unique<Multiplier>(*library, stream_);
+    }
+  } catch (...) {
+    cudaStreamDestroy(stream_);
+    throw;
+  }
+}
+
+CudaDevice::~CudaDevice() {
+  cudaSetDevice(index_);
+  cudaStreamSynchronize(stream_);
+  DropGraphs();
+  multiplier_.reset();
+  cudaStreamDestroy(stream_);
+}
+
+void CudaDevice::GetInfo(engine::PluginInfo* info) const {
+  const auto copy = [](const std::string& text, char* to, size_t size) {
+    const size_t count = std::min(text.size(), size - 1);
+    std::copy_n(text.data(), count, to);
+    to[count] = '\0';
+  };
+  copy(properties_.name, info->name, sizeof info->name);
+  copy("sm_" + std::to_string(properties_.major) + std::to_string(properties_.minor),
+       info->architecture, sizeof info->architecture);
+  copy(TypeName(weight_dtype_), info->weight_dtype, sizeof info->weight_dtype);
+  info->weight_bytes = weights_->bytes();
+  info->step_bytes = weights_->step_bytes();
+  info->cache_bytes_per_token = pages_->page_bytes() / kPage;
+  info->prefill_tokens = multiplier_ ? kManyRows : kFewRows;
+}
+
+// ---- slots ---------------------------------------------------------------------------------
+
+CudaDevice::HostSlot& CudaDevice::At(int32_t slot) {
+  if (slot < 0 || slot >= static_cast<int32_t>(slots_.size()) ||
+      !slots_[static_cast<size_t>(slot)].open) {
+    throw base::Error(FASTGEN_INTERNAL, "slot " + std::to_string(slot) + " is not open");
+  }
+  return slots_[static_cast<size_t>(slot)];
+}
+
+void CudaDevice::GrowSlots() {
+  const size_t capacity = std::max<size_t>(64, 2 * slot_capacity_);
+  slots_.reserve(capacity);
+  DeviceMemory grown(capacity * sizeof(Slot), "the state of the sequences");
+  if (slot_capacity_ > 0) {
+    Check(cudaMemcpyAsync(grown.as<>(), device_slots_.as<>(), slot_capacity_ * sizeof(Slot),
+                          cudaMemcpyDeviceToDevice, stream_),
+          "copying the state of the sequences");
+    Check(cudaStreamSynchronize(stream_), "copying the state of the sequences");
+  }
+  DropGraphs();
+  device_slots_ = std::move(grown);
+  slot_capacity_ = capacity;
+}
+
+int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Check(cudaSetDevice(index_), "choosing the device");
+  size_t at = 0;
+  while (at < slots_.size() && slots_[at].open) ++at;
+  if (at == slot_capacity_) GrowSlots();
+  if (at == slots_.size()) slots_.emplace_back();
+  HostSlot& slot = slots_[at];
+  const size_t most_pages = static_cast<size_t>(RoundUp(config_.max_positions, kPage)) / kPage;
+  const size_t table_bytes = most_pages * sizeof(char*);
+  if (slot.state.size() == 0) {
+    slot.state = DeviceMemory(
+        table_bytes + (static_cast<size_t>(config_.max_positions) + 1) * sizeof(int32_t),
+        "the tokens of a sequence");
+  }
+  // The last sampled token is never fed back, so it needs no place.
+  const int64_t positions = int64_t{spec.prompt_length} + spec.sampling.max_length - 1;
+  pages_->Take(static_cast<size_t>(RoundUp(positions, kPage)) / kPage, &slot.pages);
+  try {
+    Slot state = {};
+    state.length = spec.prompt_length;
+    state.prompt_length = spec.prompt_length;
+    state.tokens = reinterpret_cast<int32_t*>(slot.state.as<>() + table_bytes);
+    state.pages = slot.state.as<char*>();
+    const engine::SamplingParams& from = spec.sampling;
+    SamplingParams& to = state.sampling;
+    to.sample = from.sample ? 1 : 0;
+    to.max_length = from.max_length;
+    to.min_length = from.min_length;
+    to.top_k = from.top_k;
+    to.top_p = from.top_p;
+    to.temperature = from.temperature;
+    to.repetition_penalty = from.repetition_penalty;
+    to.no_repeat_ngram_size = from.no_repeat_ngram_size;
+    to.eos_token_id = from.eos_token_id;
+    to.forced_bos_token_id = from.forced_bos_token_id;
+    to.forced_eos_token_id = from.forced_eos_token_id;
+    to.sequence = from.sequence;
+    to.seed = from.seed;
+    const auto copy = [&](void* device, const void* host, size_t bytes) {
+      Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
+            "copying a sequence to the device");
+    };
+    copy(slot.state.as<>(), slot.pages.data(), slot.pages.size() * sizeof(char*));
+    copy(state.tokens, spec.prompt, static_cast<size_t>(spec.prompt_length) * sizeof(int32_t));
+    copy(device_slots_.as<Slot>() + at, &state, sizeof state);
+    // The sources are the caller's and this function's.
+    Check(cudaStreamSynchronize(stream_), "copying a sequence to the device");
+  } catch (...) {
+    pages_->GiveBack(&slot.pages);
+    throw;
+  }
+  slot.length = spec.prompt_length;
+  slot.prompt_length = spec.prompt_length;
+  slot.fed = 0;
+  slot.finished = false;
+  slot.open = true;
+  return static_cast<int32_t>(at);
+}
+
+void CudaDevice::Close(int32_t index) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  HostSlot& slot = At(index);
+  pages_->GiveBack(&slot.pages);
+  slot.open = false;
+}
+
+void CudaDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Check(cudaSetDevice(index_), "choosing the device");
+  const HostSlot& source = At(from);
+  HostSlot& target = At(to);
+  const auto pages = static_cast<size_t>(RoundUp(count, kPage)) / kPage;
+  for (size_t page = 0; page < pages; ++page) {
+    Check(cudaMemcpyAsync(target.pages[page], source.pages[page], pages_->page_bytes(),
+                          cudaMemcpyDeviceToDevice, stream_),
+          "copying the cache of a prompt");
+  }
+  target.fed = count;
+}
+
+// ---- decode --------------------------------------------------------------------------------
+
+void CudaDevice::DropGraphs() {
+  for (const auto& graph : graphs_) cudaGraphExecDestroy(graph.second);
+  graphs_.clear();
+}
+
+void CudaDevice::ReserveLayer(int32_t rows) {
+  if (rows <= layer_space_.rows) return;
+  LayerSpace space;
+  const auto take = [&](int64_t stride) {
+    DeviceMemory memory(static_cast<size_t>(rows * stride) * sizeof(float),
+                        "the work space of a step");
+    // What lies behind the columns of a row is multiplied by zeros, so it must be finite.
+    Check(cudaMemsetAsync(memory.as<>(), 0, memory.size(), stream_), "clearing device memory");
+    return memory;
+  };
+  space.x = take(hidden_stride_);
+  space.q = take(hidden_stride_);
+  space.attended = take(hidden_stride_);
+  space.wide = take(wide_stride_);
+  space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a step");
+  space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a step");
+  space.rows = rows;
+  DropGraphs();
+  layer_space_ = std::move(space);
+}
+
+void CudaDevice::ReserveDecode(int32_t rows) {
+  ReserveLayer(rows);
+  if (rows <= decode_space_.rows) return;
+  DecodeSpace space;
+  const auto n = static_cast<size_t>(rows);
+  const auto heads = static_cast<size_t>(config_.num_heads);
+  space.logits =
+      DeviceMemory(n * static_cast<size_t>(logits_stride_) * sizeof(float), "the logits of a step");
+  // Only few rows are split, so few have parts that wait to be put together.
+  int32_t split_rows = 0;
+  while (split_rows < rows && Splits(split_rows + 1) > 1) ++split_rows;
+  space.partial = DeviceMemory(static_cast<size_t>(split_rows) * heads * kDecodeParts *
+                                   static_cast<size_t>(layout_.head_size + 2) * sizeof(float),
+                               "the work space of attention");
+  space.arrived = DeviceMemory(n * heads * sizeof(int32_t), "the work space of attention");
+  Check(cudaMemsetAsync(space.arrived.as<>(), 0, space.arrived.size(), stream_),
+        "clearing device memory");
+  space.sample =
+      DeviceMemory(SampleWorkspaceBytes(rows, config_.vocab_size), "the work space of sampling");
+  if (space.sample.size() > 0) {
+    Check(cudaMemsetAsync(space.sample.as<>(), 0, space.sample.size(), stream_),
+          "clearing device memory");
+  }
+  space.step = DeviceMemory(sizeof(int32_t), "the number of the step");
+  space.results =
+      PinnedMemory(n * kMaxSteps * sizeof(StepResult), "taking page-locked memory for results");
+  space.rows = rows;
+  DropGraphs();
+  decode_space_ = std::move(space);
+}
+
+LinearArgs CudaDevice::Product(const Matrix& w, const DeviceMemory& x, int64_t ldx,
+                               const DeviceMemory& y, int64_t ldy, int32_t rows,
+                               Epilogue epilogue) const {
+  LinearArgs args;
+  args.w = w;
+  args.x = x.as<float>();
+  args.ldx = ldx;
+  args.rows = rows;
+  args.y = y.as<float>();
+  args.ldy = ldy;
+  args.epilogue = epilogue;
+  args.row_list = layer_space_.row_list.as<Row>();
+  args.slots = device_slots_.as<Slot>();
+  args.cache = layout_;
+  args.overlap = true;
+  return args;
+}
+
+EmbedArgs CudaDevice::Embedding(const DeviceMemory& row_list, int32_t rows,
+                                const DeviceMemory& x) const {
+  EmbedArgs args;
+  args.table = weights_->embedding();
+  args.positions = weights_->positions();
+  args.position_stride = config_.hidden_size;
+  args.row_list = row_list.as<Row>();
+  args.slots = device_slots_.as<Slot>();
+  args.rows = rows;
+  args.out = x.as<float>();
+  args.ldo = hidden_stride_;
+  return args;
+}
+
+int32_t CudaDevice::Splits(int32_t rows) const {
+  return DecodeSplits(rows, config_.num_heads, properties_.multiProcessorCount);
+}
+
+void CudaDevice::LaunchForward(int32_t rows) {
+  const LayerSpace& s = layer_space_;
+  Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+  for (int32_t i = 0; i < config_.num_layers; ++i) {
+    const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
+    LinearArgs qkv =
+        Product(layer.qkv, s.x, hidden_stride_, s.q, hidden_stride_, rows, Epilogue::kQkv);
+    qkv.norm = &layer.norm1;
+    qkv.layer = i;
+    Check(Linear(qkv, stream_), "launching the attention's input");
+    DecodeAttentionArgs attention;
+    attention.q = s.q.as<float>();
+    attention.ldq = hidden_stride_;
+    attention.out = s.attended.as<float>();
+    attention.ldo = hidden_stride_;
+    attention.row_list = s.row_list.as<Row>();
+    attention.slots = device_slots_.as<Slot>();
+    attention.rows = rows;
+    attention.cache = layout_;
+    attention.layer = i;
+    attention.splits = Splits(rows);
+    attention.partial = decode_space_.partial.as<float>();
+    attention.arrived = decode_space_.arrived.as<int32_t>();
+    Check(DecodeAttention(attention, stream_), "launching attention");
+    LaunchAfterAttention(layer, rows);
+  }
+  LaunchHead(layer_space_.x, 0, rows);
+}
+
+void CudaDevice::LaunchAfterAttention(const LayerWeights& layer, int32_t rows) {
+  const LayerSpace& s = layer_space_;
+  Check(Linear(Product(layer.attention_out, s.attended, hidden_stride_, s.x, hidden_stride_, rows,
+                       Epilogue::kResidual),
+               stream_),
+        "launching the attention's output");
+  LinearArgs in = Product(layer.feed_forward_in, s.x, hidden_stride_, s.wide, wide_stride_, rows,
+                          Epilogue::kGelu);
+  in.norm = &layer.norm2;
+  Check(Linear(in, stream_), "launching the feed-forward block");
+  Check(Linear(Product(layer.feed_forward_out, s.wide, wide_stride_, s.x, hidden_stride_, rows,
+                       Epilogue::kResidual),
+               stream_),
+        "launching the feed-forward block");
+}
+
+void CudaDevice::LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows) {
+  LinearArgs head = Product(weights_->head(), x, hidden_stride_, decode_space_.logits,
+                            logits_stride_, rows, Epilogue::kStore);
+  head.x += first_row * hidden_stride_;
+  head.norm = &weights_->final_norm();
+  Check(Linear(head, stream_), "launching the head");
+}
+
+void CudaDevice::LaunchSample(int32_t rows) {
+  SampleArgs args;
+  args.logits = decode_space_.logits.as<float>();
+  args.ld = logits_stride_;
+  args.vocab = config_.vocab_size;
+  args.row_list = layer_space_.row_list.as<Row>();
+  args.slots = device_slots_.as<Slot>();
+  args.rows = rows;
+  args.results = decode_space_.results.on_device<StepResult>();
+  args.step = decode_space_.step.as<int32_t>();
+  args.workspace = decode_space_.sample.as<>();
+  Check(Sample(args, stream_), "launching the choice of tokens");
+}
+
+void CudaDevice::LaunchStep(int32_t rows) {
+  auto found = graphs_.find(rows);
+  if (found == graphs_.end()) {
+    cudaGraph_t graph = nullptr;
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+    try {
+      LaunchForward(rows);
+      LaunchSample(rows);
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      cudaGetLastError();
+      throw;
+    }
+    Check(cudaStreamEndCapture(stream_, &graph), "capturing a step");
+    cudaGraphExec_t exec = nullptr;
+#if CUDART_VERSION >= 12000
+    const cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+#else
+    const cudaError_t status = cudaGraphInstantiate(&exec, graph, nullptr, nullptr, 0);
+#endif
+    cudaGraphDestroy(graph);
+    Check(status, "making a graph of a step");
+    found = graphs_.emplace(rows, exec).first;
+  }
+  Check(cudaGraphLaunch(found->second, stream_), "launching a step");
+}
+
+size_t CudaDevice::WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
+                               engine::DecodeResult* results) {
+  const auto* const from = decode_space_.results.as<StepResult>() +
+                           static_cast<size_t>(step) * static_cast<size_t>(rows);
+  size_t running = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const volatile int32_t* const ready = &from[i].ready;
+    for (uint32_t spins = 1; *ready != step + 1; ++spins) {
+      if (spins % 4096 != 0) continue;
+      const cudaError_t status = cudaStreamQuery(stream_);
+      if (status == cudaErrorNotReady) continue;
+      Check(status, "a decode step");
+      if (*ready != step + 1) throw base::Error(FASTGEN_INTERNAL, "a decode step gave no result");
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    HostSlot& slot = slots_[static_cast<size_t>(slots[i])];
+    engine::DecodeResult& result = results[i];
+    result = engine::DecodeResult();
+    if (from[i].token < 0) continue;
+    result.token = from[i].token;
+    result.score = from[i].score;
+    result.finished = from[i].finished != 0;
+    slot.fed = slot.length;
+    ++slot.length;
+    slot.finished = result.finished;
+    if (!result.finished) ++running;
+  }
+  return running;
+}
+
+int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
+                           engine::DecodeResult* results, float* logits) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Check(cudaSetDevice(index_), "choosing the device");
+  std::vector<Row> unfed;
+  size_t running = 0;
+  for (size_t i = 0; i < count; ++i) {
+    HostSlot& slot = At(slots[i]);
+    for (int32_t p = slot.fed; p + 1 < slot.prompt_length; ++p) unfed.push_back({slots[i], p});
+    slot.fed = std::max(slot.fed, slot.prompt_length - 1);
+    running += slot.finished ? 0 : 1;
+  }
+  if (!unfed.empty()) FeedRows(unfed, {});
+  if (running == 0) return 0;
+
+  const int32_t rows = Bucket(count);
+  ReserveDecode(rows);
+  max_steps = std::min(max_steps, kMaxSteps);
+  std::vector<Row> list(static_cast<size_t>(rows), Row{-1, -1});
+  for (size_t i = 0; i < count; ++i) list[i].slot = slots[i];
+  const auto steps_bytes =
+      static_cast<size_t>(rows) * static_cast<size_t>(max_steps) * sizeof(StepResult);
+  std::fill_n(decode_space_.results.as<>(), steps_bytes, '\0');
+  Check(cudaMemcpyAsync(layer_space_.row_list.as<>(), list.data(), list.size() * sizeof(Row),
+                        cudaMemcpyHostToDevice, stream_),
+        "copying the rows of a step");
+  Check(cudaMemsetAsync(decode_space_.step.as<>(), 0, sizeof(int32_t), stream_),
+        "clearing device memory");
+
+  int32_t launched = 0;
+  int32_t done = 0;
+  const int32_t ahead = logits ? 1 : kAhead;
+  while (done < max_steps && running > 0) {
+    for (; launched < std::min(max_steps, done + ahead); ++launched) {
+      if (!logits) {
+        LaunchStep(rows);
+        continue;
+      }
+      LaunchForward(rows);
+      const auto vocab = static_cast<size_t>(config_.vocab_size);
+      Check(cudaMemcpy2DAsync(logits + static_cast<size_t>(launched) * count * vocab,
+                              vocab * sizeof(float), decode_space_.logits.as<>(),
+                              static_cast<size_t>(logits_stride_) * sizeof(float),
+                              vocab * sizeof(float), count, cudaMemcpyDeviceToHost, stream_),
+            "copying logits");
+      LaunchSample(rows);
+    }
+    running = WaitForStep(done, rows, slots, count, results + static_cast<size_t>(done) * count);
+    ++done;
+  }
+  Check(cudaStreamSynchronize(stream_), "a decode step");
+  return done;
+}
+
+double CudaDevice::MeasureReadBandwidth(uint64_t bytes, int32_t passes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Check(cudaSetDevice(index_), "choosing the device");
+  bytes = bytes / kAlign * kAlign;
+  if (bytes < (uint64_t{1} << 20) || passes < 1) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT,
+                      "bytes=" + std::to_string(bytes) + ", passes=" + std::to_string(passes) +
+                          ": measuring bandwidth takes at least 1048576 bytes and one pass");
+  }
+  const DeviceMemory buffer(static_cast<size_t>(bytes), "the buffer for measuring bandwidth");
+  const int32_t blocks = 4 * properties_.multiProcessorCount;
+  const DeviceMemory sums(static_cast<size_t>(blocks) * sizeof(float), "the sums of a measurement");
+  Check(cudaMemsetAsync(buffer.as<>(), 1, buffer.size(), stream_), "clearing device memory");
+  struct Events {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    Events() {
+      Check(cudaEventCreate(&begin), "creating an event");
+      Check(cudaEventCreate(&end), "creating an event");
+    }
+    ~Events() {
+      if (begin) cudaEventDestroy(begin);
+      if (end) cudaEventDestroy(end);
+    }
+  } events;
+  double best = 0.0;
+  for (int32_t pass = 0; pass <= passes; ++pass) {  // one warms up
+    Check(cudaEventRecord(events.begin, stream_), "recording an event");
+    Check(ReadMemory(buffer.as<>(), buffer.size(), blocks, sums.as<float>(), stream_),
+          "reading memory");
+    Check(cudaEventRecord(events.end, stream_), "recording an event");
+    Check(cudaEventSynchronize(events.end), "reading memory");
+    float ms = 0.0f;
+    Check(cudaEventElapsedTime(&ms, events.begin, events.end), "timing");
+    if (pass > 0) best = std::max(best, static_cast<double>(bytes) / (ms * 1e-3));
+  }
+  return best;
+}
+
+}  // namespace fastgen::cuda

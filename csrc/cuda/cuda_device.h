@@ -1,0 +1,132 @@
+// The CUDA device: decode steps are graphs of a few kernels per layer that the host launches ahead,
+// prefill goes through cuBLASLt.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cuda/cache.h"
+#include "cuda/check.h"
+#include "cuda/cublaslt.h"
+#include "cuda/kernels.h"
+#include "cuda/weights.h"
+#include "engine/device_plugin.h"
+
+namespace fastgen::cuda {
+
+inline int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+class CudaDevice {
+ public:
+  CudaDevice(const engine::PluginConfig& config, const engine::PluginOptions& options,
+             const engine::PluginWeights& weights);
+  ~CudaDevice();
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+
+  // As engine::Device has them.
+  void GetInfo(engine::PluginInfo* info) const;
+  int32_t Open(const engine::SequenceSpec& spec);
+  void Close(int32_t slot);
+  void Prefill(const engine::PrefillChunk* chunks, size_t count);
+  void CopyPrefix(int32_t from, int32_t to, int32_t count);
+  int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
+                 engine::DecodeResult* results, float* logits);
+  double MeasureReadBandwidth(uint64_t bytes, int32_t passes);
+
+ private:
+  // Rows of a prefill pass through cuBLASLt, and without it: bounds the work space.
+  static constexpr int32_t kManyRows = 8192;
+  static constexpr int32_t kFewRows = 512;
+  // Prompts of up to this many tokens are fed by the kernels of decode steps, longer ones through
+  // cuBLASLt.
+  static constexpr int32_t kShortPrompt = 64;
+  static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
+
+  // What the host knows of a sequence.
+  struct HostSlot {
+    bool open = false;
+    bool finished = false;
+    int32_t length = 0;
+    int32_t prompt_length = 0;
+    int32_t fed = 0;  // positions in the cache
+    std::vector<char*> pages;
+    DeviceMemory state;  // page table, then tokens
+  };
+  // float32 activations of a decode step, and of a prefill of few rows.
+  struct LayerSpace {
+    int32_t rows = 0;
+    DeviceMemory x, q, attended, wide, row_list, runs;
+  };
+  struct DecodeSpace {
+    int32_t rows = 0;
+    DeviceMemory logits, partial, arrived, sample, step;
+    PinnedMemory results;
+  };
+  // Activations of a prefill through cuBLASLt, of activation_dtype_ but for the residual stream.
+  struct PrefillSpace {
+    int32_t rows = 0;
+    DeviceMemory x, normed, qkv, attended, wide, weight, row_list, runs;
+  };
+
+  HostSlot& At(int32_t slot);
+  void GrowSlots();
+  void DropGraphs();
+  void ReserveLayer(int32_t rows);
+  void ReserveDecode(int32_t rows);
+  void ReservePrefill(int32_t rows);
+
+  // Decode: the kernels up to the logits, the choice, and both as a graph.
+  void LaunchForward(int32_t rows);
+  void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
+  // logits[i] = head(final norm(x[first_row + i])).
+  void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
+  void LaunchSample(int32_t rows);
+  void LaunchStep(int32_t rows);
+  int32_t Splits(int32_t rows) const;
+  // Waits for a step's results and returns how many sequences go on.
+  size_t WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
+                     engine::DecodeResult* results);
+
+  // Prefill, in one of two ways: as decode steps multiply, or through cuBLASLt.
+  void FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  void FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted, bool many);
+  void CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
+                  size_t end);
+  void FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run);
+  void FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_run);
+  void Multiply(const Matrix& w, const void* bias, const void* x, int64_t ldx, void* y, int64_t ldy,
+                DType out_dtype, int32_t rows, bool gelu, bool accumulate);
+  LinearArgs Product(const Matrix& w, const DeviceMemory& x, int64_t ldx, const DeviceMemory& y,
+                     int64_t ldy, int32_t rows, Epilogue epilogue) const;
+  EmbedArgs Embedding(const DeviceMemory& row_list, int32_t rows, const DeviceMemory& x) const;
+
+  const engine::PluginConfig config_;
+  const int32_t index_;
+  const DType weight_dtype_;
+  // What the matrix units take together with the weights.
+  const DType activation_dtype_;
+  cudaDeviceProp properties_ = {};
+  cudaStream_t stream_ = nullptr;
+  std::mutex mutex_;
+
+  std::unique_ptr<Weights> weights_;
+  CacheLayout layout_;
+  std::unique_ptr<PagePool> pages_;
+  // Strides of activation rows, in elements.
+  const int64_t hidden_stride_, qkv_stride_, wide_stride_, logits_stride_;
+
+  std::vector<HostSlot> slots_;
+  DeviceMemory device_slots_;
+  size_t slot_capacity_ = 0;
+
+  LayerSpace layer_space_;
+  DecodeSpace decode_space_;
+  PrefillSpace prefill_space_;
+  std::map<int32_t, cudaGraphExec_t> graphs_;  // by rows
+  std::unique_ptr<Multiplier> multiplier_;     // null where cuBLASLt cannot be had
+};
+
+}  // namespace fastgen::cuda

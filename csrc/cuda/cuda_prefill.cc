@@ -1,0 +1,260 @@
+// Prompts into the cache, and logits of every position. A pass takes its rows through all layers; few
+// rows go through the kernels of decode steps, many through cuBLASLt.
+#include <algorithm>
+#include <string>
+
+#include "cuda/cuda_device.h"
+
+namespace fastgen::cuda {
+namespace {
+
+size_t Bytes(DType dtype, int64_t elements) {
+  return static_cast<size_t>(elements) * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// Neighbouring positions of a slot are one run.
+std::vector<PrefillRun> RunsOf(const Row* rows, size_t count) {
+  std::vector<PrefillRun> runs;
+  for (size_t i = 0; i < count; ++i) {
+    const bool goes_on =
+        i > 0 && rows[i].slot == rows[i - 1].slot && rows[i].position == rows[i - 1].position + 1;
+    if (!goes_on) runs.push_back({rows[i].slot, static_cast<int32_t>(i), rows[i].position, 0});
+    ++runs.back().count;
+  }
+  return runs;
+}
+
+}  // namespace
+
+void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Check(cudaSetDevice(index_), "choosing the device");
+  std::vector<Row> rows;
+  std::vector<float*> wanted;  // where the logits of a row go, or null
+  for (size_t c = 0; c < count; ++c) {
+    const engine::PrefillChunk& chunk = chunks[c];
+    const HostSlot& slot = At(chunk.slot);
+    if (chunk.begin < 0 || chunk.count < 0 || chunk.begin + chunk.count > slot.prompt_length) {
+      throw base::Error(FASTGEN_INTERNAL, "a prefill chunk lies outside its prompt");
+    }
+    for (int32_t i = 0; i < chunk.count; ++i) {
+      rows.push_back({chunk.slot, chunk.begin + i});
+      wanted.push_back(chunk.logits ? chunk.logits + int64_t{i} * config_.vocab_size : nullptr);
+    }
+  }
+  FeedRows(rows, wanted);
+  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = chunks[c].begin + chunks[c].count;
+}
+
+// `wanted` is empty where no logits are.
+void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
+  // Which way a row goes depends on its own prompt alone, so that its bits do.
+  std::vector<Row> parts[2];
+  std::vector<float*> part_wanted[2];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const HostSlot& slot = slots_[static_cast<size_t>(rows[i].slot)];
+    const size_t part = multiplier_ && slot.prompt_length > kShortPrompt ? 1 : 0;
+    parts[part].push_back(rows[i]);
+    if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+  }
+  FeedPart(parts[0], part_wanted[0], false);
+  FeedPart(parts[1], part_wanted[1], true);
+  Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+}
+
+void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
+                          bool many) {
+  // Before anything lies in the work space, which moves when it grows.
+  const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
+  if (any) ReserveDecode(kLogitsRows);
+  const auto most = static_cast<size_t>(many ? kManyRows : kFewRows);
+  for (size_t begin = 0; begin < rows.size(); begin += most) {
+    const size_t end = std::min(begin + most, rows.size());
+    const auto count = static_cast<int32_t>(end - begin);
+    const std::vector<PrefillRun> runs = RunsOf(rows.data() + begin, end - begin);
+    int32_t longest = 0;
+    for (const PrefillRun& run : runs) longest = std::max(longest, run.count);
+    if (many) {
+      ReservePrefill(count);
+    } else {
+      ReserveLayer(count);
+    }
+    const DeviceMemory& row_list = many ? prefill_space_.row_list : layer_space_.row_list;
+    const DeviceMemory& run_list = many ? prefill_space_.runs : layer_space_.runs;
+    Check(cudaMemcpyAsync(row_list.as<>(), rows.data() + begin, (end - begin) * sizeof(Row),
+                          cudaMemcpyHostToDevice, stream_),
+          "copying the rows of a prompt");
+    Check(cudaMemcpyAsync(run_list.as<>(), runs.data(), runs.size() * sizeof(PrefillRun),
+                          cudaMemcpyHostToDevice, stream_),
+          "copying the rows of a prompt");
+    const auto num_runs = static_cast<int32_t>(runs.size());
+    if (many) {
+      FeedManyRows(count, num_runs, longest);
+    } else {
+      FeedFewRows(count, num_runs, longest);
+    }
+    if (any) CopyLogits(many ? prefill_space_.x : layer_space_.x, wanted, begin, end);
+  }
+}
+
+// Rows [begin, end) of `wanted` say where logits of `x`, whose first row is `begin`, go.
+void CudaDevice::CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
+                            size_t end) {
+  for (size_t first = begin; first < end;) {
+    size_t last = first;
+    while (last < end && wanted[last] && last - first < kLogitsRows) ++last;
+    if (last == first) {
+      ++first;
+      continue;
+    }
+    LaunchHead(x, static_cast<int32_t>(first - begin), static_cast<int32_t>(last - first));
+    for (size_t row = first; row < last; ++row) {
+      const float* const from =
+          decode_space_.logits.as<float>() + static_cast<int64_t>(row - first) * logits_stride_;
+      Check(cudaMemcpyAsync(wanted[row], from,
+                            static_cast<size_t>(config_.vocab_size) * sizeof(float),
+                            cudaMemcpyDeviceToHost, stream_),
+            "copying logits");
+    }
+    first = last;
+  }
+}
+
+void CudaDevice::FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run) {
+  const LayerSpace& s = layer_space_;
+  Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+  for (int32_t i = 0; i < config_.num_layers; ++i) {
+    const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
+    LinearArgs qkv =
+        Product(layer.qkv, s.x, hidden_stride_, s.q, hidden_stride_, rows, Epilogue::kQkv);
+    qkv.norm = &layer.norm1;
+    qkv.layer = i;
+    Check(Linear(qkv, stream_), "launching the attention's input");
+    PrefillAttentionArgs attention;
+    attention.q = s.q.as<float>();
+    attention.ldq = hidden_stride_;
+    attention.out = s.attended.as<float>();
+    attention.ldo = hidden_stride_;
+    attention.dtype = DType::kFloat32;
+    attention.runs = s.runs.as<PrefillRun>();
+    attention.num_runs = num_runs;
+    attention.longest_run = longest_run;
+    attention.slots = device_slots_.as<Slot>();
+    attention.cache = layout_;
+    attention.layer = i;
+    Check(PrefillAttention(attention, stream_), "launching attention");
+    LaunchAfterAttention(layer, rows);
+  }
+}
+
+void CudaDevice::ReservePrefill(int32_t rows) {
+  if (rows <= prefill_space_.rows) return;
+  const DType dtype = activation_dtype_;
+  PrefillSpace space;
+  const auto take = [&](size_t bytes) {
+    DeviceMemory memory(bytes, "the work space of a prompt of " + std::to_string(rows) + " tokens");
+    // What lies behind the columns of a row is multiplied by zeros, so it must be finite.
+    Check(cudaMemsetAsync(memory.as<>(), 0, memory.size(), stream_), "clearing device memory");
+    return memory;
+  };
+  space.x = take(Bytes(DType::kFloat32, rows * hidden_stride_));
+  space.normed = take(Bytes(dtype, rows * hidden_stride_));
+  space.qkv = take(Bytes(dtype, rows * qkv_stride_));
+  space.attended = take(Bytes(dtype, rows * hidden_stride_));
+  space.wide = take(Bytes(dtype, rows * wide_stride_));
+  if (weight_dtype_ != dtype) {
+    const int64_t widest = std::max(
+        3 * int64_t{config_.hidden_size} * hidden_stride_,
+        std::max(config_.intermediate_size * hidden_stride_, config_.hidden_size * wide_stride_));
+    space.weight = take(Bytes(dtype, widest));
+  }
+  space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a prompt");
+  space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a prompt");
+  space.rows = rows;
+  prefill_space_ = std::move(space);
+}
+
+void CudaDevice::Multiply(const Matrix& w, const void* bias, const void* x, int64_t ldx, void* y,
+                          int64_t ldy, DType out_dtype, int32_t rows, bool gelu, bool accumulate) {
+  CublasLt::Product product;
+  product.w = w.data;
+  product.ldw = w.row_bytes / static_cast<int64_t>(Bytes(activation_dtype_, 1));
+  if (w.dtype != activation_dtype_) {
+    product.w = prefill_space_.weight.as<>();
+    product.ldw = RoundUp(w.in, 32);
+    Check(Dequantize(w, activation_dtype_, prefill_space_.weight.as<>(), product.ldw, stream_),
+          "launching the conversion of weights");
+  }
+  product.x = x;
+  product.ldx = ldx;
+  product.y = y;
+  product.ldy = ldy;
+  product.rows = rows;
+  product.in = w.in;
+  product.out = w.out;
+  product.dtype = activation_dtype_;
+  product.out_dtype = out_dtype;
+  product.bias = bias;
+  product.gelu = gelu;
+  product.accumulate = accumulate;
+  multiplier_->Run(product);
+}
+
+void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_run) {
+  const PrefillSpace& s = prefill_space_;
+  const DType dtype = activation_dtype_;
+  const int32_t h = config_.hidden_size;
+  Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+  const auto norm = [&](const Norm& weights) {
+    LayerNormArgs args;
+    args.x = s.x.as<float>();
+    args.ldx = hidden_stride_;
+    args.norm = weights;
+    args.size = h;
+    args.rows = rows;
+    args.dtype = dtype;
+    args.out = s.normed.as<>();
+    args.ldo = hidden_stride_;
+    Check(LayerNorm(args, stream_), "launching a layer norm");
+  };
+  for (int32_t i = 0; i < config_.num_layers; ++i) {
+    const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
+    const bool wide_bias = dtype == DType::kFloat32;
+    norm(layer.norm1);
+    Multiply(layer.qkv, wide_bias ? layer.qkv.bias : layer.qkv_bias16, s.normed.as<>(),
+             hidden_stride_, s.qkv.as<>(), qkv_stride_, dtype, rows, false, false);
+    QkvArgs qkv;
+    qkv.qkv = s.qkv.as<>();
+    qkv.ld = qkv_stride_;
+    qkv.dtype = dtype;
+    qkv.row_list = s.row_list.as<Row>();
+    qkv.slots = device_slots_.as<Slot>();
+    qkv.rows = rows;
+    qkv.cache = layout_;
+    qkv.layer = i;
+    Check(StoreQkv(qkv, stream_), "launching the store to the cache");
+    PrefillAttentionArgs attention;
+    attention.q = s.qkv.as<>();
+    attention.ldq = qkv_stride_;
+    attention.out = s.attended.as<>();
+    attention.ldo = hidden_stride_;
+    attention.dtype = dtype;
+    attention.runs = s.runs.as<PrefillRun>();
+    attention.num_runs = num_runs;
+    attention.longest_run = longest_run;
+    attention.slots = device_slots_.as<Slot>();
+    attention.cache = layout_;
+    attention.layer = i;
+    Check(PrefillAttention(attention, stream_), "launching attention");
+    Multiply(layer.attention_out, layer.attention_out.bias, s.attended.as<>(), hidden_stride_,
+             s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
+    norm(layer.norm2);
+    Multiply(layer.feed_forward_in,
+             wide_bias ? layer.feed_forward_in.bias : layer.feed_forward_in_bias16, s.normed.as<>(),
+             hidden_stride_, s.wide.as<>(), wide_stride_, dtype, rows, true, false);
+    Multiply(layer.feed_forward_out, layer.feed_forward_out.bias, s.wide.as<>(), wide_stride_,
+             s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
+  }
+}
+
+}  // namespace fastgen::cuda

@@ -1,0 +1,163 @@
+// The kernels of the CUDA device, as launchers: asynchronous on a stream, allocate nothing, never
+// synchronise, so that any sequence of them can be captured in a graph. Each returns what the launch
+// said. Sizes are checked by the caller; pointers are device pointers.
+//
+// Activations are float32 [rows, stride] in decode steps, and of the weights' type in prefill.
+#pragma once
+
+#include "cuda/types.h"
+
+namespace fastgen {
+namespace cuda {
+
+// ---- linear.cu: products of few rows, bound by reading the weights ------------------------------
+
+enum class Epilogue : int32_t {
+  kStore,     // y = acc + bias
+  kGelu,      // y = gelu_tanh(acc + bias)
+  kResidual,  // y += acc + bias
+  kQkv,       // columns [0, h): y = (acc + bias) / sqrt(head_size); the rest goes to the cache
+};
+
+struct LinearArgs {
+  Matrix w;
+  const float* x = nullptr;  // [rows, ldx], zero from w.in to a multiple of 8 columns
+  int64_t ldx = 0;
+  const Norm* norm = nullptr;  // x is normed first (host pointer, read at launch)
+  int32_t rows = 0;
+  float* y = nullptr;  // [rows, ldy]
+  int64_t ldy = 0;
+  Epilogue epilogue = Epilogue::kStore;
+  // kQkv only: w.out is 3 * num_heads * head_size, q then k then v.
+  const Row* row_list = nullptr;  // [rows]
+  const Slot* slots = nullptr;
+  CacheLayout cache;
+  int32_t layer = 0;
+  // The kernel may start, and read the weights, the biases and the norm, before the kernel before it
+  // in the stream has ended, which must write none of these (programmatic dependent launch).
+  bool overlap = false;
+  int32_t cluster = 0;  // blocks that share an output, 1, 2, 4 or 8 on sm_90; 0: to be chosen
+};
+
+// Every output is one sum in an order that depends on w.in and w.dtype alone: a row's result is the
+// same bits with any number of rows beside it, and with any `cluster`. Weights of 16 bits and fewer
+// go to tensor cores where there are any (sm_80), also for one row, with x as the sum of two numbers
+// of 16 bits; float32 weights are multiplied in float32.
+cudaError_t Linear(const LinearArgs& args, cudaStream_t stream);
+
+// ---- rows.cu: what is done per row --------------------------------------------------------------
+
+struct EmbedArgs {
+  Matrix table;                      // [vocab, hidden] rows, any DType
+  const float* positions = nullptr;  // [max_positions, position_stride]
+  int64_t position_stride = 0;
+  const Row* row_list = nullptr;  // [rows]
+  const Slot* slots = nullptr;
+  int32_t rows = 0;
+  float* out = nullptr;  // [rows, ldo]; zero for padding rows
+  int64_t ldo = 0;
+  bool overlap = false;  // as for Linear
+};
+cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream);
+
+// out[row] = norm(x[row]) as `dtype` (float32, float16, bfloat16; finite values saturate instead of
+// becoming infinite), zero from `size` to `ldo`.
+struct LayerNormArgs {
+  const float* x = nullptr;  // [rows, ldx]
+  int64_t ldx = 0;
+  Norm norm;
+  int32_t size = 0;
+  int32_t rows = 0;
+  DType dtype = DType::kFloat32;
+  void* out = nullptr;  // [rows, ldo]
+  int64_t ldo = 0;
+};
+cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream);
+
+// Takes the product of a prefill apart: q / sqrt(head_size) stays (in place), k and v go to the cache.
+struct QkvArgs {
+  void* qkv = nullptr;  // [rows, ld], `dtype`; bias is already in
+  int64_t ld = 0;
+  DType dtype = DType::kFloat16;
+  const Row* row_list = nullptr;
+  const Slot* slots = nullptr;
+  int32_t rows = 0;
+  CacheLayout cache;
+  int32_t layer = 0;
+};
+cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream);
+
+// Weights as another type, for products of many rows: out [out, ldo] as `dtype`.
+cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cudaStream_t stream);
+
+// ---- attention.cu -------------------------------------------------------------------------------
+
+// Parts that a row's pages are cut into at most, by the row's length alone.
+constexpr int32_t kDecodeParts = 32;
+
+// Decode: one query per row against its slot's cache, the positions up to the row's own. `splits`
+// blocks per head share the parts, which the last one of them puts together in order: the result is
+// the same bits with any `splits`. Rows without a token get zeros.
+struct DecodeAttentionArgs {
+  const float* q = nullptr;  // [rows, ldq], scaled
+  int64_t ldq = 0;
+  float* out = nullptr;  // [rows, ldo]
+  int64_t ldo = 0;
+  const Row* row_list = nullptr;
+  const Slot* slots = nullptr;
+  int32_t rows = 0;
+  CacheLayout cache;
+  int32_t layer = 0;
+  int32_t splits = 1;
+  // Not used when splits is 1. [rows, heads, kDecodeParts, head_size + 2]
+  float* partial = nullptr;
+  int32_t* arrived = nullptr;  // [rows, heads], zero before and after
+};
+// Splits that fill a device of so many multiprocessors.
+int32_t DecodeSplits(int32_t rows, int32_t heads, int32_t multiprocessors);
+cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream);
+
+// Prefill: rows are runs of neighbouring positions of a slot; a run's queries see the cache up to
+// their own position. Never holds a [length, length] matrix in device memory. Nothing is written for
+// a run without a slot.
+struct PrefillRun {
+  int32_t slot;
+  int32_t first_row;  // of q and out
+  int32_t begin;      // position of the first query
+  int32_t count;
+};
+struct PrefillAttentionArgs {
+  const void* q = nullptr;  // [rows, ldq] of `dtype`, scaled
+  int64_t ldq = 0;
+  void* out = nullptr;  // [rows, ldo] of `dtype`
+  int64_t ldo = 0;
+  DType dtype = DType::kFloat16;
+  const PrefillRun* runs = nullptr;  // device, [num_runs]
+  int32_t num_runs = 0;
+  int32_t longest_run = 0;
+  const Slot* slots = nullptr;
+  CacheLayout cache;
+  int32_t layer = 0;
+};
+cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream);
+
+// ---- sample.cu ----------------------------------------------------------------------------------
+
+// Logits processing, then the choice of engine/sampler.h: the same token as there from the same
+// logits, but for the rounding of sums. Appends the token to the slot and ends the slot.
+struct SampleArgs {
+  float* logits = nullptr;  // [rows, ld]; changed
+  int64_t ld = 0;
+  int32_t vocab = 0;
+  const Row* row_list = nullptr;
+  Slot* slots = nullptr;
+  int32_t rows = 0;
+  StepResult* results = nullptr;  // [max_steps, rows], mapped host memory
+  int32_t* step = nullptr;        // number of the step; the kernel adds 1 at its end
+  void* workspace = nullptr;      // SampleWorkspaceBytes(rows, vocab), zero before the first call
+};
+size_t SampleWorkspaceBytes(int32_t rows, int32_t vocab);
+cudaError_t Sample(const SampleArgs& args, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace fastgen

@@ -1,0 +1,216 @@
+// How kernels are launched, and what a block can say to the grid before and after it and to the
+// other blocks of its cluster: nothing of it does anything before sm_90.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/arch.h"
+#include "cuda/mma.h"
+
+namespace fastgen {
+namespace cuda {
+
+struct LaunchShape {
+  dim3 grid;
+  int32_t threads = 0;
+  size_t shared_bytes = 0;
+  int32_t cluster = 1;   // neighbouring blocks in x that run together
+  bool overlap = false;  // may start before the kernel before it has ended: see WaitForGrid
+};
+
+struct DeviceLimits {
+  int device = 0;
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that a block can have
+};
+
+inline cudaError_t GetDeviceLimits(DeviceLimits* limits) {
+  cudaError_t status = cudaGetDevice(&limits->device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount,
+                                  limits->device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                limits->device);
+}
+
+// The architecture, 80 for sm_80, that the kernel was compiled for: what its guards saw, whatever
+// the device.
+inline cudaError_t CompiledArchitecture(const void* kernel, int* architecture) {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) *architecture = attributes.ptxVersion;
+  return status;
+}
+
+inline cudaError_t AllowSharedBytes(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+#if FASTGEN_CUDA_HAS_CLUSTERS
+inline int SetAttributes(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2]) {
+  int count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (shape.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  return count;
+}
+#endif
+
+// Clusters of the shape that fit on the device at once.
+inline cudaError_t MaxActiveClusters(const void* kernel, const LaunchShape& shape, int* clusters) {
+#if FASTGEN_CUDA_HAS_CLUSTERS
+  cudaError_t status = AllowSharedBytes(kernel, shape.shared_bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(SetAttributes(shape, attributes));
+  return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+#else
+  static_cast<void>(kernel);
+  static_cast<void>(shape);
+  *clusters = 0;
+  return cudaSuccess;
+#endif
+}
+
+template <typename Args>
+cudaError_t Launch(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream, Args args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t status = AllowSharedBytes(function, shape.shared_bytes);
+  if (status != cudaSuccess) return status;
+  void* pointers[] = {&args};
+  const dim3 block(static_cast<unsigned>(shape.threads));
+#if FASTGEN_CUDA_HAS_CLUSTERS
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(SetAttributes(shape, attributes));
+  return cudaLaunchKernelExC(&config, function, pointers);
+#else
+  return cudaLaunchKernel(function, shape.grid, block, pointers, shape.shared_bytes, stream);
+#endif
+}
+
+#ifdef __CUDACC__
+
+// The block's dynamic shared memory.
+__device__ inline char* SharedMemory() {
+  extern __shared__ __align__(16) char shared_memory[];
+  return shared_memory;
+}
+
+// Waits until all that the kernels before wrote can be read; before it, only what no kernel writes
+// may be read. Every block of a kernel that is launched with `overlap` calls it: the kernel after
+// relies on it for the kernels before.
+__device__ inline void WaitForGrid() {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start, once all blocks have said so: it waits in WaitForGrid for the end.
+__device__ inline void LetNextGridStart() {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A barrier of the cluster's blocks. What was written to shared memory before can be read after.
+__device__ inline void ClusterSync() {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// A barrier in two halves that orders no writes: it says that the other blocks have got so far, and
+// have read what they needed.
+__device__ inline void ClusterArrive() {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ inline void ClusterWait() {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+// Reads and writes the same place in the shared memory of block `rank` of the cluster.
+__device__ inline float ReadInBlock(const float* shared, int32_t rank) {
+  float value = 0.0f;
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(SharedAddress(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+
+__device__ inline void WriteInBlock(float* shared, int32_t rank, float value) {
+#if FASTGEN_ARCH_HAS_CLUSTERS
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(SharedAddress(shared)), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#endif
+}
+
+// Copies 16 bytes to shared memory past the first-level cache, or zeros. Weights are read once: the
+// rest of the 128 bytes is what the warp reads next.
+__device__ inline void StreamCopy16(void* shared, const void* global, bool valid) {
+#if FASTGEN_ARCH_HAS_CP_ASYNC && CUDART_VERSION >= 11040
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(valid ? 16 : 0)
+      : "memory");
+#elif FASTGEN_ARCH_HAS_CP_ASYNC
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+#endif
+}
+
+// Copies the first `bytes` of 4 bytes to shared memory, zeros for the rest.
+__device__ inline void StreamCopy4(void* shared, const void* global, int32_t bytes) {
+#if FASTGEN_ARCH_HAS_CP_ASYNC
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ inline void PrefetchL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+#endif  // __CUDACC__
+
+}  // namespace cuda
+}  // namespace fastgen

@@ -1,0 +1,28 @@
+// Weights on their way to the device, and reading memory to measure it. Launchers as in kernels.h.
+#pragma once
+
+#include "cuda/types.h"
+
+namespace fastgen {
+namespace cuda {
+
+// cudaSuccess if this library has machine code for the current device, or code that its driver can
+// compile.
+cudaError_t CheckMachineCode();
+
+// Bytes of a weight row of `in` columns, and scales of one.
+int64_t RowBytes(DType dtype, int32_t in);
+int32_t ScaleStride(DType dtype, int32_t in);
+
+// Writes outputs [first, first + count) of `to` from float32. The element of column k and output
+// first + n is from[k * column_stride + n * output_stride]; one of the strides is 1.
+// int8 and int4: a group's scale is a float16 chosen so that its largest magnitude is representable.
+cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const float* from,
+                        int64_t column_stride, int64_t output_stride, cudaStream_t stream);
+
+// Sums `bytes` (a multiple of 16) at `data` into sums[blocks]: every byte is read once.
+cudaError_t ReadMemory(const void* data, size_t bytes, int32_t blocks, float* sums,
+                       cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace fastgen

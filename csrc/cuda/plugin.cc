@@ -1,0 +1,76 @@
+// What libfastgen asks of this library: engine/device_plugin.h. Nothing is thrown across it.
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "cuda/cuda_device.h"
+#include "engine/device_plugin.h"
+
+namespace fastgen::cuda {
+namespace {
+
+using engine::PluginError;
+
+template <typename Call>
+int Guard(PluginError* error, const Call& call) {
+  const auto report = [error](const char* text) {
+    const size_t size = std::min(std::strlen(text), sizeof error->text - 1);
+    std::memcpy(error->text, text, size);
+    error->text[size] = '\0';
+  };
+  try {
+    call();
+    return FASTGEN_OK;
+  } catch (const base::Error& e) {
+    report(e.what());
+    return e.status();
+  } catch (const std::bad_alloc&) {
+    report("the host has no memory left");
+    return FASTGEN_OUT_OF_MEMORY;
+  } catch (const std::exception& e) {
+    report(e.what());
+    return FASTGEN_INTERNAL;
+  }
+}
+
+CudaDevice& At(void* device) { return *static_cast<CudaDevice*>(device); }
+
+constexpr engine::DevicePlugin kPlugin = {
+    engine::kDevicePluginVersion,
+    FASTGEN_VERSION,
+    [](const engine::PluginConfig* config, const engine::PluginOptions* options,
+       const engine::PluginWeights* weights, void** device, PluginError* error) {
+      return Guard(error, [&] { *device = new CudaDevice(*config, *options, *weights); });
+    },
+    [](void* device) { delete static_cast<CudaDevice*>(device); },
+    [](void* device, engine::PluginInfo* info) { At(device).GetInfo(info); },
+    [](void* device, const engine::SequenceSpec* spec, int32_t* slot, PluginError* error) {
+      return Guard(error, [&] { *slot = At(device).Open(*spec); });
+    },
+    [](void* device, int32_t slot, PluginError* error) {
+      return Guard(error, [&] { At(device).Close(slot); });
+    },
+    [](void* device, const engine::PrefillChunk* chunks, size_t count, PluginError* error) {
+      return Guard(error, [&] { At(device).Prefill(chunks, count); });
+    },
+    [](void* device, int32_t from, int32_t to, int32_t count, PluginError* error) {
+      return Guard(error, [&] { At(device).CopyPrefix(from, to, count); });
+    },
+    [](void* device, const int32_t* slots, size_t count, int32_t max_steps,
+       engine::DecodeResult* results, float* logits, int32_t* steps, PluginError* error) {
+      return Guard(error,
+                   [&] { *steps = At(device).Decode(slots, count, max_steps, results, logits); });
+    },
+    [](void* device, uint64_t bytes, int32_t passes, double* bandwidth, PluginError* error) {
+      return Guard(error, [&] { *bandwidth = At(device).MeasureReadBandwidth(bytes, passes); });
+    },
+};
+
+}  // namespace
+}  // namespace fastgen::cuda
+
+extern "C" __attribute__((visibility("default"))) const fastgen::engine::DevicePlugin*
+fastgen_device_plugin() {
+  return &fastgen::cuda::kPlugin;
+}

@@ -1,0 +1,208 @@
+// What is done per row besides products: embedding, layer norm, and taking the attention's input
+// apart; and weights as another type, row by row.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/row.h"
+
+namespace fastgen {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Columns k to k + 3 of output n; k is a multiple of 4 and below `in`. Rows are 16 bytes at least.
+__device__ float4 WeightFour(const Matrix& w, int64_t n, int32_t k) {
+  const char* row = static_cast<const char*>(w.data) + n * w.row_bytes;
+  if (w.dtype != DType::kInt8 && w.dtype != DType::kInt4) return LoadFour(w.dtype, row, k);
+  const float scale =
+      HalfToFloat(static_cast<const uint16_t*>(w.scales)[n * w.scale_stride + k / kGroup]);
+  if (w.dtype == DType::kInt8) {
+    const int32_t bits = *reinterpret_cast<const int32_t*>(row + k);
+    return make_float4(
+        scale * static_cast<float>(bits << 24 >> 24), scale * static_cast<float>(bits << 16 >> 24),
+        scale * static_cast<float>(bits << 8 >> 24), scale * static_cast<float>(bits >> 24));
+  }
+  const int32_t bits = *reinterpret_cast<const uint16_t*>(row + k / 2);
+  return make_float4(scale * static_cast<float>((bits & 15) - 8),
+                     scale * static_cast<float>((bits >> 4 & 15) - 8),
+                     scale * static_cast<float>((bits >> 8 & 15) - 8),
+                     scale * static_cast<float>((bits >> 12 & 15) - 8));
+}
+
+// Zeros in columns from `size` on.
+__device__ float4 CutAt(float4 x, int32_t k, int32_t size) {
+  if (k >= size) x.x = 0.0f;
+  if (k + 1 >= size) x.y = 0.0f;
+  if (k + 2 >= size) x.z = 0.0f;
+  if (k + 3 >= size) x.w = 0.0f;
+  return x;
+}
+
+__global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
+  LetNextGridStart();
+  WaitForGrid();
+  const Row row = args.row_list[blockIdx.x];
+  const int32_t position = PositionOf(row, args.slots);
+  float* out = args.out + blockIdx.x * args.ldo;
+  const int32_t size = args.table.in;
+  const int32_t token = position < 0 ? 0 : args.slots[row.slot].tokens[position];
+  const float* places = args.positions + position * args.position_stride;
+  for (int32_t k = threadIdx.x; k * 4 < args.ldo; k += kThreads) {
+    const int32_t column = k * 4;
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (position >= 0 && column < size) {
+      x = CutAt(WeightFour(args.table, token, column), column, size);
+      x.x += places[column];
+      if (column + 1 < size) x.y += places[column + 1];
+      if (column + 2 < size) x.z += places[column + 2];
+      if (column + 3 < size) x.w += places[column + 3];
+    }
+    *reinterpret_cast<float4*>(out + column) = x;
+  }
+}
+
+// A row per warp.
+__global__ void __launch_bounds__(kThreads) LayerNormKernel(const LayerNormArgs args) {
+  const int32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int32_t lane = threadIdx.x % 32;
+  if (row >= args.rows) return;
+  const float* x = args.x + row * args.ldx;
+  const NormSums sums = SumsOf(x, args.size, args.norm.eps, lane);
+  char* out = static_cast<char*>(args.out) + row * args.ldo * ElementBytes(args.dtype);
+  for (int32_t k = lane * 4; k < args.ldo; k += 128) {
+    float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (k < args.size) {
+      const float4 four = *reinterpret_cast<const float4*>(x + k);
+      const float part[4] = {four.x, four.y, four.z, four.w};
+      float normed[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        normed[j] = k + j < args.size ? Normed(part[j], sums, __ldg(args.norm.weight + k + j),
+                                               __ldg(args.norm.bias + k + j))
+                                      : 0.0f;
+      }
+      y = make_float4(normed[0], normed[1], normed[2], normed[3]);
+    }
+    StoreFour(args.dtype, out, k, y);
+  }
+}
+
+struct QkvTask {
+  QkvArgs args;
+  float query_divisor;
+};
+
+// kFours: heads are whole groups of 4 columns, also in the cache.
+template <bool kFours>
+__global__ void __launch_bounds__(kThreads) QkvKernel(const QkvTask task) {
+  const QkvArgs& args = task.args;
+  const CacheLayout& cache = args.cache;
+  const CachePlace place = PlaceOf(args.row_list[blockIdx.x], args.slots);
+  if (place.page == nullptr) return;
+  const int32_t width = cache.num_heads * cache.head_size;
+  constexpr int32_t kUnit = kFours ? 4 : 1;
+  char* row = static_cast<char*>(args.qkv) + blockIdx.x * args.ld * ElementBytes(args.dtype);
+  for (int32_t n = threadIdx.x * kUnit; n < 3 * width; n += kThreads * kUnit) {
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (kFours) {
+      x = LoadFour(args.dtype, row, n);
+    } else {
+      x.x = LoadElement(args.dtype, row, n);
+    }
+    if (n < width) {
+      const float by = task.query_divisor;
+      x = make_float4(x.x / by, x.y / by, x.z / by, x.w / by);
+      if (kFours) {
+        StoreFour(args.dtype, row, n, x);
+      } else {
+        StoreElement(args.dtype, row, n, x.x);
+      }
+      continue;
+    }
+    const int32_t kind = n < 2 * width ? 0 : 1;
+    const int32_t column = n - width * (kind + 1);
+    const int32_t head = column / cache.head_size;
+    const int32_t d = column - head * cache.head_size;
+    const int64_t index = PageIndex(cache, args.layer, kind, head, place.in_page);
+    if (kFours) {
+      StoreFour(cache.dtype, place.page, index + d, x);
+    } else {
+      StoreElement(cache.dtype, place.page, index + d, x.x);
+    }
+    if (d + kUnit == cache.head_size) {
+      for (int32_t pad = d + kUnit; pad < cache.head_stride; ++pad) {
+        StoreElement(cache.dtype, place.page, index + pad, 0.0f);
+      }
+    }
+  }
+}
+
+struct DequantizeTask {
+  Matrix w;
+  DType dtype;
+  void* out;
+  int64_t ldo;
+};
+
+__global__ void __launch_bounds__(kThreads) DequantizeKernel(const DequantizeTask task) {
+  const int32_t row_bytes = static_cast<int32_t>(task.ldo) * ElementBytes(task.dtype);
+  for (int64_t n = blockIdx.x; n < task.w.out; n += gridDim.x) {
+    char* out = static_cast<char*>(task.out) + n * row_bytes;
+    for (int32_t k = threadIdx.x * 4; k < task.ldo; k += kThreads * 4) {
+      float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (k < task.w.in) x = CutAt(WeightFour(task.w, n, k), k, task.w.in);
+      StoreFour(task.dtype, out, k, x);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.rows));
+  shape.threads = kThreads;
+  shape.overlap = args.overlap;
+  return Launch(EmbedKernel, shape, stream, args);
+}
+
+cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>((args.rows + kWarps - 1) / kWarps));
+  shape.threads = kThreads;
+  return Launch(LayerNormKernel, shape, stream, args);
+}
+
+cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.rows));
+  shape.threads = kThreads;
+  QkvTask task;
+  task.args = args;
+  task.query_divisor = std::sqrt(static_cast<float>(args.cache.head_size));
+  return args.cache.head_size % 4 == 0 ? Launch(QkvKernel<true>, shape, stream, task)
+                                       : Launch(QkvKernel<false>, shape, stream, task);
+}
+
+cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cudaStream_t stream) {
+  if (w.out == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(std::min(w.out, 65535)));
+  shape.threads = kThreads;
+  DequantizeTask task;
+  task.w = w;
+  task.dtype = dtype;
+  task.out = out;
+  task.ldo = ldo;
+  return Launch(DequantizeKernel, shape, stream, task);
+}
+
+}  // namespace cuda
+}  // namespace fastgen

@@ -1,0 +1,290 @@
+#include "cuda/weights.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/pack.h"
+
+namespace fastgen::cuda {
+namespace {
+
+using engine::PluginWeights;
+
+constexpr int64_t kStagingFloats = int64_t{4} << 20;
+
+void CheckReader(int status) {
+  // The reader's own error is reported in place of this one.
+  if (status != FASTGEN_OK) throw base::Error(FASTGEN_INTERNAL, "the weights cannot be read");
+}
+
+// Lays everything out twice: once to learn the size, once to hand out addresses.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+
+  char* Take(int64_t bytes) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (bytes + kUnit - 1) / kUnit * kUnit;
+    return at;
+  }
+  const float* TakeFloats(int64_t count) {
+    return reinterpret_cast<const float*>(Take(count * static_cast<int64_t>(sizeof(float))));
+  }
+  Matrix TakeMatrix(DType dtype, int32_t in, int32_t out, bool bias) {
+    Matrix m;
+    m.dtype = dtype;
+    m.in = in;
+    m.out = out;
+    m.row_bytes = RowBytes(dtype, in);
+    m.data = Take(m.row_bytes * out);
+    m.scale_stride = ScaleStride(dtype, in);
+    if (m.scale_stride > 0) m.scales = Take(int64_t{2} * m.scale_stride * out);
+    if (bias) m.bias = TakeFloats(out);
+    return m;
+  }
+  Norm TakeNorm(int32_t size, float eps) {
+    Norm norm;
+    norm.weight = TakeFloats(size);
+    norm.bias = TakeFloats(size);
+    norm.eps = eps;
+    return norm;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kUnit = 256;
+  char* const base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace
+
+// Two staging buffers: while one is copied and converted the source is read into the other.
+class Weights::Loader {
+ public:
+  Loader(const PluginWeights& source, int64_t staging_floats, cudaStream_t stream)
+      : source_(source), stream_(stream), staging_floats_(staging_floats) {
+    const size_t bytes = static_cast<size_t>(staging_floats) * sizeof(float);
+    for (Stage& stage : stages_) {
+      stage.host = PinnedMemory(bytes, "taking page-locked memory for loading");
+      stage.device = DeviceMemory(bytes, "the staging buffer for loading");
+      Check(cudaEventCreateWithFlags(&stage.free, cudaEventDisableTiming), "creating an event");
+    }
+  }
+  ~Loader() {
+    cudaStreamSynchronize(stream_);
+    for (Stage& stage : stages_) {
+      if (stage.free) cudaEventDestroy(stage.free);
+    }
+  }
+  Loader(const Loader&) = delete;
+  Loader& operator=(const Loader&) = delete;
+
+  // Outputs [first, first + part's) of `to` are the columns of one role.
+  void Columns(int32_t layer, engine::Matrix which, int32_t outputs, const Matrix& to,
+               int32_t first) {
+    const auto at_once = static_cast<int32_t>(
+        std::max<int64_t>(1, std::min<int64_t>(outputs, staging_floats_ / to.in)));
+    for (int32_t begin = 0; begin < outputs; begin += at_once) {
+      const int32_t count = std::min(at_once, outputs - begin);
+      float* host = Next();
+      CheckReader(source_.read_columns(source_.self, layer, static_cast<int32_t>(which), begin,
+                                       begin + count, host, count));
+      const float* device = Copy(static_cast<int64_t>(count) * to.in);
+      Check(PackOutputs(to, first + begin, count, device, count, 1, stream_), "packing weights");
+      Done();
+    }
+  }
+
+  enum class Table { kEmbedding, kHead };
+  void Rows(Table table, const Matrix& to) {
+    const auto at_once = static_cast<int32_t>(
+        std::max<int64_t>(1, std::min<int64_t>(to.out, staging_floats_ / to.in)));
+    const auto read = table == Table::kHead ? source_.read_head_rows : source_.read_embedding_rows;
+    for (int32_t begin = 0; begin < to.out; begin += at_once) {
+      const int32_t count = std::min(at_once, to.out - begin);
+      CheckReader(read(source_.self, begin, begin + count, Next()));
+      const float* device = Copy(static_cast<int64_t>(count) * to.in);
+      Check(PackOutputs(to, begin, count, device, 1, to.in, stream_), "packing weights");
+      Done();
+    }
+  }
+
+  void Positions(int32_t rows, int32_t size, const float* to) {
+    const auto at_once =
+        static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(rows, staging_floats_ / size)));
+    for (int32_t begin = 0; begin < rows; begin += at_once) {
+      const int32_t count = std::min(at_once, rows - begin);
+      CheckReader(source_.read_position_rows(source_.self, begin, begin + count, Next()));
+      CopyTo(to + static_cast<int64_t>(begin) * size, static_cast<int64_t>(count) * size);
+    }
+  }
+
+  void Vector(int32_t layer, engine::Vector which, int32_t size, const float* to) {
+    CheckReader(source_.read_vector(source_.self, layer, static_cast<int32_t>(which), Next()));
+    CopyTo(to, size);
+  }
+
+  // A bias that is on the device already, as another type.
+  void Bias16(const Matrix& of, DType dtype, const void* to) {
+    if (!to) return;
+    Matrix row;
+    row.data = to;
+    row.dtype = dtype;
+    row.in = of.out;
+    row.out = 1;
+    row.row_bytes = RowBytes(dtype, of.out);
+    Check(PackOutputs(row, 0, 1, of.bias, 1, of.out, stream_), "packing weights");
+  }
+
+  void FinalNorm(const Norm& norm, int32_t size) {
+    float* host = Next();
+    CheckReader(source_.read_final_norm(source_.self, host, host + size));
+    const size_t bytes = static_cast<size_t>(size) * sizeof(float);
+    Check(cudaMemcpyAsync(const_cast<float*>(norm.weight), host, bytes, cudaMemcpyHostToDevice,
+                          stream_),
+          "copying weights");
+    Check(cudaMemcpyAsync(const_cast<float*>(norm.bias), host + size, bytes, cudaMemcpyHostToDevice,
+                          stream_),
+          "copying weights");
+    Done();
+  }
+
+ private:
+  struct Stage {
+    PinnedMemory host;
+    DeviceMemory device;
+    cudaEvent_t free = nullptr;
+  };
+
+  float* Next() {
+    current_ ^= 1;
+    Check(cudaEventSynchronize(stages_[current_].free), "waiting for a copy of weights");
+    return stages_[current_].host.as<float>();
+  }
+  const float* Copy(int64_t floats) {
+    float* const to = stages_[current_].device.as<float>();
+    Check(cudaMemcpyAsync(to, stages_[current_].host.as<float>(),
+                          static_cast<size_t>(floats) * sizeof(float), cudaMemcpyHostToDevice,
+                          stream_),
+          "copying weights");
+    return to;
+  }
+  void CopyTo(const float* to, int64_t floats) {
+    Check(cudaMemcpyAsync(const_cast<float*>(to), stages_[current_].host.as<float>(),
+                          static_cast<size_t>(floats) * sizeof(float), cudaMemcpyHostToDevice,
+                          stream_),
+          "copying weights");
+    Done();
+  }
+  void Done() { Check(cudaEventRecord(stages_[current_].free, stream_), "recording an event"); }
+
+  const PluginWeights& source_;
+  const cudaStream_t stream_;
+  const int64_t staging_floats_;
+  Stage stages_[2];
+  int current_ = 0;
+};
+
+Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activation_dtype,
+                 const PluginWeights& source, cudaStream_t stream) {
+  const int32_t h = config.hidden_size;
+  const int32_t wide = config.intermediate_size;
+  layers_.resize(static_cast<size_t>(config.num_layers));
+  int64_t step_begin = 0;
+  const auto carve = [&](Carver& carver) {
+    positions_ = carver.TakeFloats(static_cast<int64_t>(config.max_positions) * h);
+    if (!config.head_is_tied) embedding_ = carver.TakeMatrix(dtype, h, config.vocab_size, false);
+    step_begin = carver.used();
+    for (LayerWeights& layer : layers_) {
+      layer.norm1 = carver.TakeNorm(h, config.layer_norm_eps);
+      layer.qkv = carver.TakeMatrix(dtype, h, 3 * h, true);
+      layer.attention_out = carver.TakeMatrix(dtype, h, h, true);
+      layer.norm2 = carver.TakeNorm(h, config.layer_norm_eps);
+      layer.feed_forward_in = carver.TakeMatrix(dtype, h, wide, true);
+      layer.feed_forward_out = carver.TakeMatrix(dtype, wide, h, true);
+      if (activation_dtype != DType::kFloat32) {
+        layer.qkv_bias16 = carver.Take(RowBytes(activation_dtype, 3 * h));
+        layer.feed_forward_in_bias16 = carver.Take(RowBytes(activation_dtype, wide));
+      }
+    }
+    final_norm_ = carver.TakeNorm(h, config.layer_norm_eps);
+    head_ = carver.TakeMatrix(dtype, h, config.vocab_size, false);
+  };
+  Carver size(nullptr);
+  carve(size);
+  const auto total = static_cast<uint64_t>(size.used());
+  memory_ = DeviceMemory(static_cast<size_t>(total), "the model's weights");
+  Check(cudaMemsetAsync(memory_.as<>(), 0, memory_.size(), stream), "clearing device memory");
+  Carver carver(memory_.as<>());
+  carve(carver);
+  step_bytes_ = total - static_cast<uint64_t>(step_begin);
+  if (config.head_is_tied) embedding_ = head_;
+
+  const int64_t longest_row = std::max<int64_t>(2 * h, wide);
+  Loader loader(source, std::max(kStagingFloats, longest_row), stream);
+  uint64_t done = 0;
+  const auto report = [&](uint64_t bytes) {
+    done = std::min(done + bytes, total);
+    CheckReader(source.report_progress(source.self, done, total));
+  };
+  loader.Positions(config.max_positions, h, positions_);
+  loader.FinalNorm(final_norm_, h);
+  loader.Rows(Loader::Table::kHead, head_);
+  if (!config.head_is_tied) loader.Rows(Loader::Table::kEmbedding, embedding_);
+  CheckReader(source.release_ends(source.self));
+  report(static_cast<uint64_t>(step_begin + head_.row_bytes * head_.out));
+
+  using engine::Vector;
+  for (int32_t i = 0; i < config.num_layers; ++i) {
+    const LayerWeights& layer = layers_[static_cast<size_t>(i)];
+    loader.Vector(i, Vector::kNorm1Weight, h, layer.norm1.weight);
+    loader.Vector(i, Vector::kNorm1Bias, h, layer.norm1.bias);
+    loader.Vector(i, Vector::kNorm2Weight, h, layer.norm2.weight);
+    loader.Vector(i, Vector::kNorm2Bias, h, layer.norm2.bias);
+    loader.Vector(i, Vector::kQueryBias, h, layer.qkv.bias);
+    loader.Vector(i, Vector::kKeyBias, h, layer.qkv.bias + h);
+    loader.Vector(i, Vector::kValueBias, h, layer.qkv.bias + 2 * static_cast<int64_t>(h));
+    loader.Vector(i, Vector::kAttentionOutBias, h, layer.attention_out.bias);
+    loader.Vector(i, Vector::kFeedForwardInBias, wide, layer.feed_forward_in.bias);
+    loader.Vector(i, Vector::kFeedForwardOutBias, h, layer.feed_forward_out.bias);
+    loader.Bias16(layer.qkv, activation_dtype, layer.qkv_bias16);
+    loader.Bias16(layer.feed_forward_in, activation_dtype, layer.feed_forward_in_bias16);
+    loader.Columns(i, engine::Matrix::kQuery, h, layer.qkv, 0);
+    loader.Columns(i, engine::Matrix::kKey, h, layer.qkv, h);
+    loader.Columns(i, engine::Matrix::kValue, h, layer.qkv, 2 * h);
+    loader.Columns(i, engine::Matrix::kAttentionOut, h, layer.attention_out, 0);
+    loader.Columns(i, engine::Matrix::kFeedForwardIn, wide, layer.feed_forward_in, 0);
+    loader.Columns(i, engine::Matrix::kFeedForwardOut, h, layer.feed_forward_out, 0);
+    CheckReader(source.release_layer(source.self, i));
+    report(static_cast<uint64_t>(layer.qkv.row_bytes * layer.qkv.out +
+                                 layer.attention_out.row_bytes * layer.attention_out.out +
+                                 layer.feed_forward_in.row_bytes * layer.feed_forward_in.out +
+                                 layer.feed_forward_out.row_bytes * layer.feed_forward_out.out));
+  }
+  Check(cudaStreamSynchronize(stream), "loading the weights");
+  if (done < total) report(total - done);
+}
+
+DType ParseWeightType(const std::string& name) {
+  for (const DType dtype :
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8, DType::kInt4}) {
+    if (name == TypeName(dtype)) return dtype;
+  }
+  throw base::Error(FASTGEN_UNSUPPORTED,
+                    "weight_dtype=" + name +
+                        " is not one that device=cuda has: float32, float16, bfloat16, int8, int4");
+}
+
+const char* TypeName(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kInt8: return "int8";
+    case DType::kInt4: return "int4";
+  }
+  return "?";
+}
+
+}  // namespace fastgen::cuda

@@ -1,0 +1,249 @@
+#include "engine/plugin_device.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+#include "engine/device_plugin.h"
+
+namespace fastgen::engine {
+namespace {
+
+constexpr char kLibraryName[] = "libfastgen_cuda.so";
+
+// Directory of the file that this code was loaded from, with a slash; "" if that is not known.
+std::string OwnDirectory() {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&OwnDirectory), &info) == 0 || !info.dli_fname)
+    return "";
+  const std::string path = info.dli_fname;
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "" : path.substr(0, slash + 1);
+}
+
+std::string LoaderError() {
+  const char* error = dlerror();
+  return error ? error : "no reason given";
+}
+
+void* OpenLibrary() {
+  const char* named = std::getenv("FASTGEN_CUDA_LIBRARY");
+  if (named && *named) {
+    void* library = dlopen(named, RTLD_NOW | RTLD_LOCAL);
+    if (library) return library;
+    throw base::Error(FASTGEN_UNSUPPORTED,
+                      "device=cuda: FASTGEN_CUDA_LIBRARY=" + std::string(named) +
+                          " cannot be opened: " + LoaderError());
+  }
+  const std::string beside = OwnDirectory() + kLibraryName;
+  if (void* library = dlopen(beside.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
+  const std::string first = LoaderError();
+  if (void* library = dlopen(kLibraryName, RTLD_NOW | RTLD_LOCAL)) return library;
+  throw base::Error(FASTGEN_UNSUPPORTED,
+                    std::string("device=cuda needs ") + kLibraryName +
+                        " beside libfastgen or where the system's loader looks (the environment "
+                        "variable FASTGEN_CUDA_LIBRARY may name it): " +
+                        first);
+}
+
+// Stays open for the life of the process: CUDA does not like to be unloaded.
+const DevicePlugin& CudaPlugin() {
+  static const DevicePlugin* const plugin = [] {
+    void* const library = OpenLibrary();
+    using Entry = const DevicePlugin* (*)();
+    const auto entry = reinterpret_cast<Entry>(dlsym(library, kDevicePluginEntry));
+    const DevicePlugin* const found = entry ? entry() : nullptr;
+    if (!found || found->version != kDevicePluginVersion ||
+        found->build_version != std::string(FASTGEN_VERSION)) {
+      const std::string version = !found ? "is no library of fastgen"
+                                  : !found->build_version
+                                      ? "has no version"
+                                      : std::string("is of version ") + found->build_version;
+      dlclose(library);
+      throw base::Error(FASTGEN_UNSUPPORTED, std::string("device=cuda: ") + kLibraryName + " " +
+                                                 version + ", libfastgen needs its own, " +
+                                                 FASTGEN_VERSION);
+    }
+    return found;
+  }();
+  return *plugin;
+}
+
+// "cuda" or "cuda:<index>".
+int32_t DeviceIndex(const std::string& device) {
+  const std::string digits = device.size() > 5 ? device.substr(5) : "0";
+  char* end = nullptr;
+  const long index = std::strtol(digits.c_str(), &end, 10);
+  const bool named = device == "cuda" || device.compare(0, 5, "cuda:") == 0;
+  if (!named || digits.empty() || *end || index < 0 || index > 1023) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT,
+                      "device=" + device + " is neither cuda nor cuda:<index>");
+  }
+  return static_cast<int32_t>(index);
+}
+
+// Hands a WeightSource to C. What it throws waits here until the plug-in has returned.
+class Reader {
+ public:
+  Reader(WeightSource& weights, const Progress& progress)
+      : weights_(weights), progress_(progress) {}
+
+  PluginWeights table() {
+    PluginWeights t = {};
+    t.self = this;
+    t.read_columns = [](void* self, int32_t layer, int32_t matrix, int64_t begin, int64_t end,
+                        float* out, int64_t ld) {
+      return Guard(self, [&](Reader& r) {
+        r.weights_.ReadColumns(layer, static_cast<Matrix>(matrix), begin, end, out, ld);
+      });
+    };
+    t.read_vector = [](void* self, int32_t layer, int32_t vector, float* out) {
+      return Guard(
+          self, [&](Reader& r) { r.weights_.ReadVector(layer, static_cast<Vector>(vector), out); });
+    };
+    t.read_final_norm = [](void* self, float* weight, float* bias) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReadFinalNorm(weight, bias); });
+    };
+    t.read_embedding_rows = [](void* self, int64_t begin, int64_t end, float* out) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReadEmbeddingRows(begin, end, out); });
+    };
+    t.read_position_rows = [](void* self, int64_t begin, int64_t end, float* out) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReadPositionRows(begin, end, out); });
+    };
+    t.read_head_rows = [](void* self, int64_t begin, int64_t end, float* out) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReadHeadRows(begin, end, out); });
+    };
+    t.release_layer = [](void* self, int32_t layer) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReleaseLayer(layer); });
+    };
+    t.release_ends = [](void* self) {
+      return Guard(self, [&](Reader& r) { r.weights_.ReleaseEnds(); });
+    };
+    t.report_progress = [](void* self, uint64_t done, uint64_t total) {
+      return Guard(self, [&](Reader& r) {
+        if (r.progress_) r.progress_(done, total);
+      });
+    };
+    return t;
+  }
+  void Rethrow() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  template <typename Call>
+  static int Guard(void* self, const Call& call) {
+    Reader& reader = *static_cast<Reader*>(self);
+    try {
+      call(reader);
+      return FASTGEN_OK;
+    } catch (...) {
+      reader.failure_ = std::current_exception();
+      return FASTGEN_INTERNAL;
+    }
+  }
+
+  WeightSource& weights_;
+  const Progress& progress_;
+  std::exception_ptr failure_;
+};
+
+void Check(int status, const PluginError& error) {
+  if (status != FASTGEN_OK) throw base::Error(static_cast<fastgen_status>(status), error.text);
+}
+
+class PluginDevice : public Device {
+ public:
+  PluginDevice(const DevicePlugin& plugin, void* device, const std::string& name)
+      : plugin_(plugin), device_(device) {
+    PluginInfo info = {};
+    plugin_.get_info(device_, &info);
+    info_.device = name;
+    info_.isa = info.architecture;
+    info_.weight_dtype = info.weight_dtype;
+    info_.weight_bytes = info.weight_bytes;
+    info_.step_bytes = info.step_bytes;
+    info_.cache_bytes_per_token = info.cache_bytes_per_token;
+    info_.prefill_tokens = info.prefill_tokens;
+    info_.tail_tokens = 1;
+  }
+  ~PluginDevice() override { plugin_.destroy(device_); }
+  PluginDevice(const PluginDevice&) = delete;
+  PluginDevice& operator=(const PluginDevice&) = delete;
+
+  const DeviceInfo& info() const override { return info_; }
+  int32_t Open(const SequenceSpec& spec) override {
+    int32_t slot = -1;
+    PluginError error = {};
+    Check(plugin_.open(device_, &spec, &slot, &error), error);
+    return slot;
+  }
+  void Close(int32_t slot) override {
+    PluginError error = {};
+    Check(plugin_.close(device_, slot, &error), error);
+  }
+  void Prefill(const PrefillChunk* chunks, size_t count) override {
+    PluginError error = {};
+    Check(plugin_.prefill(device_, chunks, count, &error), error);
+  }
+  void CopyPrefix(int32_t from, int32_t to, int32_t count) override {
+    PluginError error = {};
+    Check(plugin_.copy_prefix(device_, from, to, count, &error), error);
+  }
+  int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps, DecodeResult* results,
+                 float* logits) override {
+    int32_t steps = 0;
+    PluginError error = {};
+    Check(plugin_.decode(device_, slots, count, max_steps, results, logits, &steps, &error), error);
+    return steps;
+  }
+  double MeasureReadBandwidth(uint64_t bytes, int32_t passes) override {
+    double bandwidth = 0.0;
+    PluginError error = {};
+    Check(plugin_.measure_read_bandwidth(device_, bytes, passes, &bandwidth, &error), error);
+    return bandwidth;
+  }
+
+ private:
+  const DevicePlugin& plugin_;
+  void* const device_;
+  DeviceInfo info_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> MakeCudaDevice(const ModelConfig& config, WeightSource& weights,
+                                       const DeviceOptions& options) {
+  PluginOptions plugin_options = {};
+  plugin_options.device_index = DeviceIndex(options.device);
+  plugin_options.weight_dtype = options.weight_dtype.c_str();
+  const DevicePlugin& plugin = CudaPlugin();
+  PluginConfig plugin_config = {};
+  plugin_config.vocab_size = config.vocab_size;
+  plugin_config.max_positions = config.max_positions;
+  plugin_config.hidden_size = config.hidden_size;
+  plugin_config.num_layers = config.num_layers;
+  plugin_config.num_heads = config.num_heads;
+  plugin_config.intermediate_size = config.intermediate_size;
+  plugin_config.layer_norm_eps = config.layer_norm_eps;
+  plugin_config.head_is_tied = weights.head_is_tied() ? 1 : 0;
+  Reader reader(weights, options.progress);
+  const PluginWeights table = reader.table();
+  void* device = nullptr;
+  PluginError error = {};
+  const int status = plugin.create(&plugin_config, &plugin_options, &table, &device, &error);
+  reader.Rethrow();
+  Check(status, error);
+  try {
+    return std::make_unique<PluginDevice>(plugin, device, options.device);
+  } catch (...) {
+    plugin.destroy(device);
+    throw;
+  }
+}
+
+}  // namespace fastgen::engine

@@ -1,0 +1,40 @@
+// The kernel launchers of csrc/cuda as C functions, for the op table in Python: structures go by
+// pointer, device pointers and streams are those of any framework.
+#include "cuda/kernels.h"
+
+#define FASTGEN_OP(name, Args)                                             \
+  extern "C" __attribute__((visibility("default"))) int fastgen_op_##name( \
+      const fastgen::cuda::Args* args, void* stream)
+
+FASTGEN_OP(linear, LinearArgs) {
+  return fastgen::cuda::Linear(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(embed, EmbedArgs) {
+  return fastgen::cuda::Embed(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(layer_norm, LayerNormArgs) {
+  return fastgen::cuda::LayerNorm(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(store_qkv, QkvArgs) {
+  return fastgen::cuda::StoreQkv(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(decode_attention, DecodeAttentionArgs) {
+  return fastgen::cuda::DecodeAttention(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(prefill_attention, PrefillAttentionArgs) {
+  return fastgen::cuda::PrefillAttention(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(sample, SampleArgs) {
+  return fastgen::cuda::Sample(*args, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_dequantize(
+    const fastgen::cuda::Matrix* w, int dtype, void* out, int64_t ldo, void* stream) {
+  return fastgen::cuda::Dequantize(*w, static_cast<fastgen::cuda::DType>(dtype), out, ldo,
+                                   static_cast<cudaStream_t>(stream));
+}
+
+extern "C" __attribute__((visibility("default"))) size_t fastgen_op_sample_workspace(int rows,
+                                                                                     int vocab) {
+  return fastgen::cuda::SampleWorkspaceBytes(rows, vocab);
+}

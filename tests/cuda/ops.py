@@ -1,0 +1,229 @@
+"""The kernel launchers of csrc/cuda through ctypes, on tensors of PyTorch.
+
+The structures mirror csrc/cuda/{types,kernels}.h member by member. `Library.call` checks the launch
+and synchronises, so that a fault names the op that caused it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+PAGE = 32
+GROUP = 32
+FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 = range(5)
+STORE, GELU, RESIDUAL, QKV = range(4)
+
+_i32, _i64, _u32, _u64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64
+_f32, _ptr = ctypes.c_float, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", _ptr),
+        ("row_bytes", _i64),
+        ("dtype", _i32),
+        ("in_", _i32),
+        ("out", _i32),
+        ("scales", _ptr),
+        ("scale_stride", _i32),
+        ("bias", _ptr),
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", _ptr), ("bias", _ptr), ("eps", _f32)]
+
+
+class SamplingParams(ctypes.Structure):
+    _fields_ = [
+        ("sample", _i32),
+        ("max_length", _i32),
+        ("min_length", _i32),
+        ("top_k", _i32),
+        ("top_p", _f32),
+        ("temperature", _f32),
+        ("repetition_penalty", _f32),
+        ("no_repeat_ngram_size", _i32),
+        ("eos_token_id", _i32),
+        ("forced_bos_token_id", _i32),
+        ("forced_eos_token_id", _i32),
+        ("sequence", _u32),
+        ("seed", _u64),
+    ]
+
+
+class Slot(ctypes.Structure):
+    _fields_ = [
+        ("length", _i32),
+        ("prompt_length", _i32),
+        ("finished", _i32),
+        ("reserved", _i32),
+        ("tokens", _ptr),
+        ("pages", _ptr),
+        ("sampling", SamplingParams),
+    ]
+
+
+class Row(ctypes.Structure):
+    _fields_ = [("slot", _i32), ("position", _i32)]
+
+
+class CacheLayout(ctypes.Structure):
+    _fields_ = [
+        ("dtype", _i32),
+        ("num_layers", _i32),
+        ("num_heads", _i32),
+        ("head_size", _i32),
+        ("head_stride", _i32),
+    ]
+
+
+class StepResult(ctypes.Structure):
+    _fields_ = [("token", _i32), ("score", _f32), ("finished", _i32), ("ready", _i32)]
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = [
+        ("w", Matrix),
+        ("x", _ptr),
+        ("ldx", _i64),
+        ("norm", ctypes.POINTER(Norm)),
+        ("rows", _i32),
+        ("y", _ptr),
+        ("ldy", _i64),
+        ("epilogue", _i32),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("cache", CacheLayout),
+        ("layer", _i32),
+        ("overlap", ctypes.c_bool),
+        ("cluster", _i32),
+    ]
+
+
+class EmbedArgs(ctypes.Structure):
+    _fields_ = [
+        ("table", Matrix),
+        ("positions", _ptr),
+        ("position_stride", _i64),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("rows", _i32),
+        ("out", _ptr),
+        ("ldo", _i64),
+        ("overlap", ctypes.c_bool),
+    ]
+
+
+class LayerNormArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", _ptr),
+        ("ldx", _i64),
+        ("norm", Norm),
+        ("size", _i32),
+        ("rows", _i32),
+        ("dtype", _i32),
+        ("out", _ptr),
+        ("ldo", _i64),
+    ]
+
+
+class QkvArgs(ctypes.Structure):
+    _fields_ = [
+        ("qkv", _ptr),
+        ("ld", _i64),
+        ("dtype", _i32),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("rows", _i32),
+        ("cache", CacheLayout),
+        ("layer", _i32),
+    ]
+
+
+class DecodeAttentionArgs(ctypes.Structure):
+    _fields_ = [
+        ("q", _ptr),
+        ("ldq", _i64),
+        ("out", _ptr),
+        ("ldo", _i64),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("rows", _i32),
+        ("cache", CacheLayout),
+        ("layer", _i32),
+        ("splits", _i32),
+        ("partial", _ptr),
+        ("arrived", _ptr),
+    ]
+
+
+class PrefillRun(ctypes.Structure):
+    _fields_ = [("slot", _i32), ("first_row", _i32), ("begin", _i32), ("count", _i32)]
+
+
+class PrefillAttentionArgs(ctypes.Structure):
+    _fields_ = [
+        ("q", _ptr),
+        ("ldq", _i64),
+        ("out", _ptr),
+        ("ldo", _i64),
+        ("dtype", _i32),
+        ("runs", _ptr),
+        ("num_runs", _i32),
+        ("longest_run", _i32),
+        ("slots", _ptr),
+        ("cache", CacheLayout),
+        ("layer", _i32),
+    ]
+
+
+class SampleArgs(ctypes.Structure):
+    _fields_ = [
+        ("logits", _ptr),
+        ("ld", _i64),
+        ("vocab", _i32),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("rows", _i32),
+        ("results", _ptr),
+        ("step", _ptr),
+        ("workspace", _ptr),
+    ]
+
+
+def library_path() -> Path:
+    """Built from ops.cc and csrc/cuda; FASTGEN_CUDA_OPS names it."""
+    return Path(os.environ.get("FASTGEN_CUDA_OPS", "build-cuda/libfastgen_cuda_ops.so"))
+
+
+class Library:
+    """The op library."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._library = ctypes.CDLL(str((path or library_path()).resolve()))
+        self._library.fastgen_op_sample_workspace.restype = ctypes.c_size_t
+
+    def launch(self, name: str, *arguments: Any) -> None:
+        """Launches on PyTorch's current stream; a structure goes by reference."""
+        import torch
+
+        converted = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = getattr(self._library, f"fastgen_op_{name}")(*converted, stream)
+        if status != 0:
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Launches and waits."""
+        import torch
+
+        self.launch(name, *arguments)
+        torch.cuda.synchronize()
+
+    def sample_workspace(self, rows: int, vocab: int) -> int:
+        """Bytes of zeroed workspace that `sample` needs."""
+        return int(self._library.fastgen_op_sample_workspace(rows, vocab))

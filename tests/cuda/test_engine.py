@@ -1,0 +1,169 @@
+"""The engine on the CUDA device against the same engine on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from fastgen.errors import FastgenError
+from fastgen.options import GenerationOptions
+from fastgen.testing.engine import EngineModel
+from fastgen.testing.margins import ParityLog, compare
+from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
+from fastgen.testing.sampling import filter_probs, probabilities, process_logits
+from fastgen.testing.strategies import Case, cases
+
+TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+# Normalised mean squared error of logits, of the design.
+BOUNDS = {"float32": 1e-10, "float16": 1e-5, "bfloat16": 1e-4, "int8": 1e-3, "int4": 5e-2}
+
+SHAPES = [
+    GPTShape(97, 64, 32, 2, 4, 128),
+    GPTShape(1000, 300, 64, 3, 1, 200),  # one wide head, a context of several pages
+    GPTShape(515, 96, 60, 2, 5, 121),  # nothing is a multiple of anything
+    GPTShape(50257, 1024, 768, 2, 12, 3072),
+    GPTShape(300, 128, 256, 1, 1, 512),  # head size 256
+    GPTShape(300, 128, 1600, 1, 25, 6400),
+]
+LOG = ParityLog()
+
+
+def nmse(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Normalised mean squared error."""
+    a, e = actual.astype(np.float64), expected.astype(np.float64)
+    return float(((a - e) ** 2).sum() / (e**2).sum())
+
+
+def prompt(shape: GPTShape, length: int, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return [int(token) for token in rng.integers(0, shape.vocab_size, length)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s.hidden_size}v{s.vocab_size}")
+def test_logits(shape: GPTShape, dtype: str) -> None:
+    """Prefill of few rows, of many, and decode steps give the CPU's logits."""
+    tensors = make_tensors(shape, WeightRecipe(1))
+    lengths = sorted({3, 40, min(shape.max_position_embeddings - 8, 200)})
+    options = GenerationOptions(max_length=6, eos_token_id=-1)
+    # In a network this narrow the errors of few weights do not even out.
+    bound = BOUNDS[dtype] * (2 if dtype == "int4" and shape.hidden_size < 100 else 1)
+    with (
+        EngineModel(shape, tensors, num_threads=0) as cpu,
+        EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda,
+    ):
+        for length in lengths:
+            tokens = prompt(shape, length)
+            error = nmse(cuda.logits(tokens), cpu.logits(tokens))
+            assert error < bound, length
+            (ours,) = cuda.generate([tokens], options, keep_logits=True)
+            assert ours.logits is not None
+            whole = cpu.logits(tokens + ours.tokens)[length - 1 : -1]
+            error = nmse(ours.logits, whole)
+            assert error < bound, length
+
+
+class CpuSequence:
+    """What the CPU generated, as :func:`fastgen.testing.margins.compare` wants its reference."""
+
+    def __init__(self, case: Case, row: int, sequence: object) -> None:
+        self.prompt = case.prompts[row // case.options.num_return_sequences]
+        self.tokens = sequence.tokens
+        self.score = sequence.score
+        self.finish_reason = sequence.finish_reason
+        self.sequence = case.first_sequence + row
+        self.logits, self.kept = [], []
+        history = list(self.prompt)
+        for step, token in enumerate(self.tokens):
+            raw = sequence.logits[step]
+            processed = process_logits(raw, history, len(self.prompt), case.options)
+            self.logits.append(processed)
+            if case.options.decode_strategy == "sampling":
+                probs = probabilities(processed, case.options.temperature)
+                self.kept.append(filter_probs(probs, case.options.top_k, case.options.top_p))
+            history.append(token)
+
+
+@settings(
+    max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(cases(first_sequence=True))
+def test_tokens_are_the_cpus(case: Case) -> None:
+    """float32: the same tokens, or the step was undecided."""
+    tensors = case.tensors()
+    case = replace(case, eos_choice="drawn", p_choice=None)
+    with EngineModel(case.shape, tensors) as cpu:
+        expected = cpu.generate(
+            case.prompts, case.options, case.seed, case.first_sequence, keep_logits=True
+        )
+    with EngineModel(case.shape, tensors, device="cuda") as cuda:
+        actual = cuda.generate(case.prompts, case.options, case.seed, case.first_sequence)
+        alone = cuda.generate(case.prompts[:1], case.options, case.seed, case.first_sequence)
+    for row, (theirs, ours) in enumerate(zip(expected, actual)):
+        reference = CpuSequence(case, row, theirs)
+        compare(
+            LOG,
+            "cuda",
+            reference,
+            ours.tokens,
+            case.options,
+            case.seed,
+            score=ours.score,
+            finish_reason=ours.finish_reason,
+        )
+    assert [s.tokens for s in alone] == [s.tokens for s in actual[: len(alone)]]
+
+
+def test_few_tokens_were_undecided() -> None:
+    """Runs after the test above."""
+    print(LOG.summary())
+    assert not LOG.too_many_margin_uses
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int4"])
+def test_rows_do_not_depend_on_each_other(dtype: str) -> None:
+    """A batch of 70 ragged prompts, each as it is alone, joined by others on the way."""
+    shape = GPTShape(1003, 128, 64, 2, 4, 256)
+    tensors = make_tensors(shape, WeightRecipe(5))
+    options = GenerationOptions(
+        max_length=20, decode_strategy="sampling", top_k=40, top_p=0.9, eos_token_id=7
+    )
+    prompts = [prompt(shape, 1 + 11 * i % 60, i) for i in range(70)]
+    with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda:
+        together = cuda.generate(prompts, options, seed=11)
+        few = cuda.generate(prompts, options, seed=11, max_rows=5)
+        for i in (0, 1, 33, 69):
+            (alone,) = cuda.generate([prompts[i]], options, seed=11, first_sequence=i)
+            assert alone.tokens == together[i].tokens
+    assert [s.tokens for s in few] == [s.tokens for s in together]
+
+
+def test_large_activations_do_not_overflow() -> None:
+    shape = GPTShape(200, 64, 64, 2, 4, 256)
+    tensors = make_tensors(shape, WeightRecipe(3))
+    for name in tensors:
+        if name.endswith(("out_proj.weight", "linear2.weight", "word_embeddings.weight")):
+            tensors[name] = tensors[name] * np.float32(1e4)
+    tokens = prompt(shape, 50)
+    with EngineModel(shape, tensors) as cpu:
+        expected = cpu.logits(tokens)
+    for dtype in ("float16", "bfloat16"):
+        with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda:
+            actual = cuda.logits(tokens)
+        assert np.isfinite(actual).all()
+        assert nmse(actual, expected) < 10 * BOUNDS[dtype]
+
+
+def test_errors_name_what_is_wrong() -> None:
+    shape = GPTShape(50, 64, 32, 1, 2, 64)
+    tensors = make_tensors(shape, WeightRecipe(0))
+    with pytest.raises(FastgenError, match="device=cuda:99"):
+        EngineModel(shape, tensors, device="cuda:99")
+    with pytest.raises(FastgenError, match="device=cuda:x"):
+        EngineModel(shape, tensors, device="cuda:x")
+    with pytest.raises(FastgenError, match="weight_dtype=float64"):
+        EngineModel(shape, tensors, device="cuda", weight_dtype="float64")

@@ -1,0 +1,158 @@
+"""Embed, LayerNorm, StoreQkv and Dequantize against float64."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from tests.cuda import ops
+from tests.cuda.arrays import (
+    Array,
+    Cache,
+    NormWeights,
+    Weights,
+    decode,
+    encode,
+    error,
+    round_up,
+    row_list,
+    rows_of,
+)
+from tests.cuda.test_linear import DTYPES
+
+FLOATS = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
+ROUNDING = {ops.FLOAT32: 1e-6, ops.FLOAT16: 5e-4, ops.BFLOAT16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 20, 33, 1024, 1600])
+def test_embed(library: ops.Library, dtype: str, hidden: int) -> None:
+    rng = np.random.default_rng(hidden)
+    table = Weights(rng, 50, hidden, DTYPES[dtype], bias=False)
+    positions = rng.standard_normal((12, hidden + 3)).astype(np.float32)
+    device_positions = Array(positions)
+    tokens = [rng.integers(0, 50, 12).astype(np.int32) for _ in range(3)]
+    device_tokens = [Array(t) for t in tokens]
+    slots = (ops.Slot * 3)()
+    for slot, ids, length in zip(slots, device_tokens, (12, 5, 7)):
+        slot.length, slot.tokens = length, ids.ptr
+    slots[2].finished = 1
+    device_slots = Array(np.frombuffer(bytes(slots), np.uint8))
+    rows = [(0, -1), (1, -1), (2, -1), (-1, -1), (0, 0), (2, 3), (-1, 4)]
+    at = [(0, 11), (1, 4), None, None, (0, 0), (2, 3), None]
+    device_rows = row_list(rows)
+    ldo = round_up(hidden, 8) + 8
+    out = Array(np.full((len(rows), ldo), 7.0, np.float32))
+    args = ops.EmbedArgs(
+        table.matrix,
+        device_positions.ptr,
+        hidden + 3,
+        device_rows.ptr,
+        device_slots.ptr,
+        len(rows),
+        out.ptr,
+        ldo,
+    )
+    library.call("embed", args)
+    want = np.zeros((len(rows), ldo))
+    for row, place in enumerate(at):
+        if place is not None:
+            token = tokens[place[0]][place[1]]
+            want[row, :hidden] = table.values[token] + positions[place[1], :hidden]
+    got = out.get()
+    assert np.abs(got - want).max() < 1e-6
+    assert (got[:, hidden:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [1, 5, 31, 768, 1024, 1600, 5001])
+def test_layer_norm(library: ops.Library, dtype: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    norm = NormWeights(rng, size)
+    x = (rng.standard_normal((19, size)) * 3 + 40).astype(np.float32)
+    padded = rows_of(x)
+    device_x = Array(padded)
+    ldo = round_up(size, 8)
+    kind = FLOATS[dtype]
+    out = Array(encode(np.full((19, ldo), 7.0, np.float32), kind))
+    args = ops.LayerNormArgs(
+        device_x.ptr, padded.shape[1], norm.struct, size, 19, kind, out.ptr, ldo
+    )
+    library.call("layer_norm", args)
+    got = decode(out.get())
+    assert error(got[:, :size], norm.apply(x)) < ROUNDING[kind] + 1e-5
+    assert (got[:, size:] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "top"), [("float16", 65504.0), ("bfloat16", 3.3895e38)])
+def test_layer_norm_saturates(library: ops.Library, dtype: str, top: float) -> None:
+    """A column of 64 that stands out is normed to about 7.9: finite in float32, not in `dtype`."""
+    norm = NormWeights(np.random.default_rng(1), 64)
+    scale = np.float32(1e5 if dtype == "float16" else 3.402e38 / 8)
+    weight = Array(np.full(64, scale, np.float32))
+    norm.struct.weight = weight.ptr
+    spike = np.zeros((2, 64), np.float32)
+    spike[0, 3], spike[1, 60] = 8.0, -8.0
+    x = Array(spike)
+    out = Array(encode(np.zeros((2, 64), np.float32), FLOATS[dtype]))
+    args = ops.LayerNormArgs(x.ptr, 64, norm.struct, 64, 2, FLOATS[dtype], out.ptr, 64)
+    library.call("layer_norm", args)
+    got = decode(out.get())
+    assert np.isfinite(got).all()
+    if dtype == "float16":
+        assert got[0, 3] == top
+        assert got[1, 60] == -top
+    assert np.abs(got).max() <= top * 1.0001
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cache_dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "head_size"), [(4, 64), (3, 20), (5, 9)])
+def test_store_qkv(
+    library: ops.Library, dtype: str, cache_dtype: str, heads: int, head_size: int
+) -> None:
+    rng = np.random.default_rng(2)
+    width = heads * head_size
+    kind, cache_kind = FLOATS[dtype], FLOATS[cache_dtype]
+    rows = [(0, p) for p in range(40)] + [(-1, 0)] + [(1, p) for p in range(5, 9)]
+    ld = round_up(3 * width, 8)
+    values = encode(rng.standard_normal((len(rows), ld)).astype(np.float32), kind)
+    qkv, device_rows = Array(values), row_list(rows)
+    cache = Cache(cache_kind, 3, heads, head_size, [40, 9])
+    args = ops.QkvArgs(
+        qkv.ptr, ld, kind, device_rows.ptr, cache.slots.ptr, len(rows), cache.layout, 2
+    )
+    library.call("store_qkv", args)
+    exact = decode(values)
+    got = decode(qkv.get())
+    real = [i for i, (slot, _) in enumerate(rows) if slot >= 0]
+    assert np.array_equal(got[:, width:], exact[:, width:])
+    q = exact[real, :width] / np.sqrt(head_size)
+    assert error(got[real, :width], q) < ROUNDING[kind]
+    stored = [cache.get(slot) for slot in range(2)]
+    for i in real:
+        slot, position = rows[i]
+        for part in (0, 1):
+            want = exact[i, width * (part + 1) :][:width].reshape(heads, head_size)
+            have = stored[slot][2, part, :, position]
+            assert error(have[:, :head_size], want) < ROUNDING[cache_kind]
+            assert (have[:, head_size:] == 0).all()
+    assert (stored[0][:2] == Cache.FILL).all()
+    assert (stored[1][2, :, :, 9:] == Cache.FILL).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("to", FLOATS)
+@pytest.mark.parametrize(("out", "in_"), [(1, 1), (30, 45), (70, 1024)])
+def test_dequantize(library: ops.Library, dtype: str, to: str, out: int, in_: int) -> None:
+    rng = np.random.default_rng(3)
+    w = Weights(rng, out, in_, DTYPES[dtype], bias=False)
+    kind = FLOATS[to]
+    ldo = round_up(in_, 8) + 8
+    result = Array(encode(np.full((out, ldo), 7.0, np.float32), kind))
+    library.call("dequantize", w.matrix, kind, ctypes.c_void_p(result.ptr), ctypes.c_int64(ldo))
+    got = decode(result.get())
+    assert error(got[:, :in_], w.values) < ROUNDING[kind]
+    assert (got[:, in_:] == 0).all()
