@@ -6,6 +6,8 @@
 #   ci/test.sh                all of it; the exit status is not 0 if anything failed
 #   ci/test.sh -k <expr> ...  arguments go to pytest
 #
+# The CUDA device is compiled where there is nvcc, and tried on a GPU by ci/cuda.sh only.
+#
 # Needs Python 3.11 (with venv), git, g++ and pkg-config. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
 # how many examples are tried (default: ci).
 set -euo pipefail
@@ -74,6 +76,8 @@ run_pytest() {
 export PYTHONSAFEPATH=1 FASTGEN_TEST_INSTALLED=1 PYTHONDONTWRITEBYTECODE=1
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
 export FASTGEN_CACHE="$PWD/.venv/cache"
+# Where nvcc is, ci/cuda_floor.sh leaves the CUDA device here.
+export FASTGEN_TEST_CUDA_LIBRARY="$PWD/.venv/cuda/build/libfastgen_cuda.so"
 # Two test processes share the cores; the reference would otherwise start a thread per core in each.
 export OMP_NUM_THREADS=1
 pytest_arguments=("$@")
@@ -85,6 +89,7 @@ stage environments both older_environment newer_environment || exit 1
 stage install install || exit 1
 stage lint-docs both ci/lint.sh ci/docs.sh || true
 stage cpp both cpp_address cpp_others || true
+stage cuda ci/cuda_floor.sh || true
 rm -f "$logs"/pytest-*
 stage tests both older_tests newer_tests || true
 

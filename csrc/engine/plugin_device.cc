@@ -75,10 +75,10 @@ const DevicePlugin& CudaPlugin() {
 
 // "cuda" or "cuda:<index>".
 int32_t DeviceIndex(const std::string& device) {
-  const std::string digits = device.size() > 5 ? device.substr(5) : "0";
+  const bool named = device == "cuda" || device.compare(0, 5, "cuda:") == 0;
+  const std::string digits = device.size() < 5 ? "0" : device.substr(5);
   char* end = nullptr;
   const long index = std::strtol(digits.c_str(), &end, 10);
-  const bool named = device == "cuda" || device.compare(0, 5, "cuda:") == 0;
   if (!named || digits.empty() || *end || index < 0 || index > 1023) {
     throw base::Error(FASTGEN_INVALID_ARGUMENT,
                       "device=" + device + " is neither cuda nor cuda:<index>");
