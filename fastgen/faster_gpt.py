@@ -80,8 +80,7 @@ class FasterGPT(paddle.nn.Layer):
         _check_model(model)
         if use_fp16_decoding:
             raise InvalidArgumentError(
-                "use_fp16_decoding is True: on the CPU, the only device of this build, it must be "
-                "False"
+                "use_fp16_decoding is True: FasterGPT runs on the CPU in float32, it must be False"
             )
         if weight_check not in _WEIGHT_CHECKS:
             raise InvalidArgumentError(

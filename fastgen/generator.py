@@ -139,9 +139,10 @@ class Generator:
             directory_or_name: a HuggingFace GPT-2 directory, one made by `fastgen convert` or
                 `fastgen export`, or a name (see :func:`fastgen.models.resolve`).
             num_threads: None: `$FASTGEN_NUM_THREADS`, else the processors this process may use.
-            isa: kernel set, see `fastgen info`; None: `$FASTGEN_ISA`, else the best one.
-            device: `"cpu"`.
-            weight_dtype: `"float32"`.
+            isa: kernel set of the CPU, see `fastgen info`; None: `$FASTGEN_ISA`, else the best one.
+            device: `"cpu"`, or `"cuda"` or `"cuda:<index>"` where `libfastgen_cuda` was built.
+            weight_dtype: `"float32"`; on `"cuda"` also `"float16"`, `"bfloat16"`, `"int8"` and
+                `"int4"`.
             progress: called with bytes packed and bytes in all; True: a bar on standard error.
 
         Raises:

@@ -41,6 +41,15 @@ class Settings:
     isa: str | None
     decoding_lib: str | None
     use_fp16_decoding: bool
+    device: str = "cpu"
+    weight_dtype: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """The type of the weights: what is asked for, else float32."""
+        if self.weight_dtype is not None:
+            return self.weight_dtype
+        return "float16" if self.use_fp16_decoding else "float32"
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,19 @@ def _rows(settings: Settings, options: GenerationOptions) -> int | None:
 
 
 def _check(settings: Settings) -> None:
-    if settings.use_fp16_decoding:
+    if settings.engine != "fastgen" and (settings.device, settings.weights) != ("cpu", "float32"):
         raise InvalidArgumentError(
-            "use_fp16_decoding is on: on the CPU, the only device of this build, weights are "
-            "float32, so it must be left out"
+            f"device is {settings.device!r} and the weights are {settings.weights}: "
+            f"--engine {settings.engine} runs on the CPU in float32"
+        )
+    if settings.use_fp16_decoding and settings.weight_dtype not in (None, "float16"):
+        raise InvalidArgumentError(
+            f"use_fp16_decoding is on and weight_dtype is {settings.weight_dtype!r}: only one of "
+            "them can be meant"
+        )
+    if settings.use_fp16_decoding and settings.device == "cpu":
+        raise InvalidArgumentError(
+            "use_fp16_decoding is on: with device 'cpu' weights are float32, so it must be left out"
         )
     if settings.decoding_lib is not None and settings.engine != "paddle-op":
         raise InvalidArgumentError(
@@ -104,7 +122,12 @@ def _run_fastgen(settings: Settings, options: GenerationOptions) -> Outcome:
     from tqdm import tqdm
 
     with Generator.from_pretrained(
-        settings.model, num_threads=settings.threads, isa=settings.isa, progress=True
+        settings.model,
+        num_threads=settings.threads,
+        isa=settings.isa,
+        device=settings.device,
+        weight_dtype=settings.weights,
+        progress=True,
     ) as generator:
         directory = models.resolve(settings.model)
         options = _with_end_token(options, settings, generator.tokenizer, directory)
@@ -442,9 +465,14 @@ def versions() -> dict[str, str | None]:
 @option("num_return_sequences", type=int, default=1, help="Sequences for each prompt.")
 @option("seed", type=int, help="The same seed gives the same text.  [default: drawn, reported]")
 @option("engine", type=click.Choice(ENGINES), default="fastgen", help="What runs the request.")
+@option("device", default="cpu", help="cpu, cuda or cuda:<index>.")
+@option(
+    "weight_dtype",
+    help="float32; on cuda also float16, bfloat16, int8, int4.  [default: float32]",
+)
 @option("threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
 @option("isa", help="Kernel set, see fastgen info.  [default: the best]")
-@option("use_fp16_decoding", is_flag=True, help="Half precision; not on the CPU.")
+@option("use_fp16_decoding", is_flag=True, help="The same as --weight_dtype float16.")
 @option("decoding_lib", help="Built op library for --engine paddle-op.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
@@ -455,6 +483,8 @@ def command(
     batch_size: int | None,
     start_token: str | None,
     end_token: str | None,
+    device: str,
+    weight_dtype: str | None,
     threads: int | None,
     isa: str | None,
     use_fp16_decoding: bool,
@@ -478,6 +508,8 @@ def command(
         isa=isa,
         decoding_lib=decoding_lib,
         use_fp16_decoding=use_fp16_decoding,
+        device=device,
+        weight_dtype=weight_dtype,
     )
     outcome = run_request(settings, GenerationOptions.from_kwargs(**options))
     if as_json:

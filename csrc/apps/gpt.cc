@@ -44,7 +44,10 @@ Continues prompts. Without any they are read from standard input, as texts.
   --num_return_sequences N  sequences for each prompt [1]
   --eos_token_id N          token that ends a sequence; -1: none [the model's]
   --seed N                  the same seed gives the same text [drawn, reported]
-  --threads N               threads [all processors]
+  --device D                cpu, cuda or cuda:<index> [cpu]
+  --weight_dtype T          type of the weights: float32; on cuda also float16, bfloat16, int8
+                            and int4 [float32]
+  --threads N               threads of the CPU [all processors]
   --isa NAME                kernel set: generic, avx2 or avx512 [the best]
   --stream                  print tokens as they come; of one sequence, or with --json
   --bench                   repeat the request and print how long it takes
@@ -102,6 +105,8 @@ Settings ParseCommandLine(int argc, char** argv) {
   line.Value("num_return_sequences", &options.num_return_sequences);
   line.Value("eos_token_id", &settings.eos_token_id);
   line.Value("seed", &seed);
+  line.Value("device", &settings.model_options.device);
+  line.Value("weight_dtype", &settings.model_options.weight_dtype);
   line.Value("threads", &settings.model_options.num_threads);
   line.Value("isa", &settings.model_options.isa);
   line.Flag("stream", &settings.stream);

@@ -220,6 +220,11 @@ std::unique_ptr<Device> MakeCudaDevice(const ModelConfig& config, WeightSource& 
                                        const DeviceOptions& options) {
   PluginOptions plugin_options = {};
   plugin_options.device_index = DeviceIndex(options.device);
+  if (!options.isa.empty()) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT,
+                      "isa=" + options.isa + " is for device=cpu, with device=" + options.device +
+                          " it must be left out");
+  }
   plugin_options.weight_dtype = options.weight_dtype.c_str();
   const DevicePlugin& plugin = CudaPlugin();
   PluginConfig plugin_config = {};

@@ -201,14 +201,18 @@ typedef void (*fastgen_progress_fn)(uint64_t done, uint64_t total, void* user_da
 typedef struct fastgen_model_options {
   /** `sizeof(fastgen_model_options)`. */
   size_t struct_size;
-  /** Where the model runs: "cpu". NULL: "cpu". */
+  /** Where the model runs: "cpu"; "cuda" or "cuda:<index>", an NVIDIA device, through the library
+   *  `libfastgen_cuda` that lies beside this one (the environment variable `FASTGEN_CUDA_LIBRARY` may
+   *  name another place). NULL: "cpu". */
   const char* device;
-  /** Kernel set. NULL: the environment variable `FASTGEN_ISA`, else the best one. */
+  /** Kernel set of the CPU. NULL: the environment variable `FASTGEN_ISA`, else the best one; must be
+   *  NULL for another device. */
   const char* isa;
-  /** Type that weights are packed as: "float32". NULL: "float32". */
+  /** Type that weights are packed as: "float32"; on "cuda" also "float16", "bfloat16", "int8" and
+   *  "int4" (with a float16 scale for every 32 inputs of an output). NULL: "float32". */
   const char* weight_dtype;
-  /** Threads that compute, 1 to 1024. 0: the environment variable `FASTGEN_NUM_THREADS`, else the
-   *  processors that this process may use. */
+  /** Threads that compute on the CPU, 1 to 1024. 0: the environment variable `FASTGEN_NUM_THREADS`,
+   *  else the processors that this process may use. */
   int32_t num_threads;
   /** Told how far packing has come; may be NULL. */
   fastgen_progress_fn progress;
@@ -317,13 +321,13 @@ FASTGEN_API fastgen_status fastgen_model_get_config(const fastgen_model* model,
 typedef struct fastgen_model_info {
   /** `sizeof(fastgen_model_info)`. */
   size_t struct_size;
-  /** Where it runs: "cpu". */
+  /** Where it runs, as `device` of the options named it. */
   const char* device;
-  /** Kernel set in use. */
+  /** Kernel set in use; of an NVIDIA device its architecture, "sm_90". */
   const char* isa;
   /** Type that its weights are packed as. */
   const char* weight_dtype;
-  /** Threads that compute. */
+  /** Threads that compute; 0 on an NVIDIA device. */
   int32_t num_threads;
   /** Bytes of packed weights in memory, padding included. */
   uint64_t weight_bytes;

@@ -122,11 +122,11 @@ struct Options : fastgen_options {
  * @since 0.1
  */
 struct ModelOptions {
-  /** Where the model runs; empty: "cpu". */
+  /** Where the model runs: "cpu", "cuda", "cuda:<index>"; empty: "cpu". */
   std::string device;
-  /** Kernel set; empty: the environment variable `FASTGEN_ISA`, else the best one. */
+  /** Kernel set of the CPU; empty: the environment variable `FASTGEN_ISA`, else the best one. */
   std::string isa;
-  /** Type that weights are packed as; empty: "float32". */
+  /** Type that weights are packed as, see ::fastgen_model_options; empty: "float32". */
   std::string weight_dtype;
   /** Threads that compute; 0: the environment variable `FASTGEN_NUM_THREADS`, else the processors
    *  that this process may use. */
