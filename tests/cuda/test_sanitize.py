@@ -1,0 +1,44 @@
+"""Every kernel once on small shapes: what `ci/cuda.sh sanitize` runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastgen.options import GenerationOptions
+from fastgen.testing.engine import EngineModel
+from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
+
+SHAPES = [
+    GPTShape(97, 160, 32, 1, 4, 64),
+    GPTShape(515, 160, 60, 1, 5, 121),  # nothing is a multiple of anything
+    GPTShape(300, 160, 256, 1, 4, 512),  # head size 64
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s.hidden_size}")
+def test_every_kernel(shape: GPTShape, dtype: str) -> None:
+    tensors = make_tensors(shape, WeightRecipe(2))
+    prompts = [[i * 7 % shape.vocab_size for i in range(n)] for n in (1, 5, 40, 90, 130)]
+    greedy = GenerationOptions(max_length=3, eos_token_id=-1)
+    sampling = GenerationOptions(
+        max_length=3,
+        decode_strategy="sampling",
+        top_k=20,
+        top_p=0.9,
+        temperature=0.8,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=2,
+        min_length=2,
+        eos_token_id=3,
+        num_return_sequences=2,
+    )
+    with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as model:
+        assert np.isfinite(model.logits(prompts[-1])).all()
+        for options in (greedy, sampling):
+            sequences = model.generate(prompts, options, seed=1)
+            assert all(1 <= len(s.tokens) <= 3 for s in sequences)
+        (one,) = model.generate(prompts[:1], greedy, keep_logits=True)
+        assert one.logits is not None
+        assert one.logits.shape == (3, shape.vocab_size)
