@@ -1,6 +1,8 @@
 #include "cuda/cuda_device.h"
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 #include <string>
 
 #include "cuda/pack.h"
@@ -21,11 +23,19 @@ int32_t Bucket(size_t rows) {
   return static_cast<int32_t>(RoundUp(n, unit));
 }
 
+std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
+std::atomic<int64_t> persistent_steps{0};
+
 DType ActivationType(DType weights) {
   return weights == DType::kFloat32 || weights == DType::kBFloat16 ? weights : DType::kFloat16;
 }
 
 }  // namespace
+
+int64_t SetStepPolicy(StepPolicy policy) {
+  step_policy = policy;
+  return persistent_steps;
+}
 
 CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginOptions& options,
                        const engine::PluginWeights& weights)
@@ -69,6 +79,7 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
     layout_ = MakeCacheLayout(activation_dtype_, config_.num_layers, config_.num_heads,
                               config_.hidden_size / config_.num_heads);
     pages_ = std::make_unique<PagePool>(layout_);
+    PreparePersistent();
     if (const CublasLt* library = CublasLt::Open(nullptr)) {
       multiplier_ = std::make_unique<Multiplier>(*library, stream_);
     }
@@ -303,7 +314,79 @@ int32_t CudaDevice::Splits(int32_t rows) const {
   return DecodeSplits(rows, config_.num_heads, properties_.multiProcessorCount);
 }
 
+void CudaDevice::PreparePersistent() {
+  PersistentArgs& args = persistent_;
+  const LayerWeights& layer = weights_->layers().front();
+  const auto product = [](const Matrix& w, const float* bias) {
+    PersistentProduct p;
+    p.weights = w.data;
+    p.bias = bias;
+    return p;
+  };
+  const auto normed = [](const Matrix& w, const Norm& norm, const FoldedNorm& folded) {
+    PersistentProduct p;
+    p.weights = w.data;
+    p.bias = folded.bias;
+    p.norm_weight = norm.weight;
+    p.sums = folded.sums;
+    return p;
+  };
+  args.dtype = weight_dtype_;
+  args.hidden = config_.hidden_size;
+  args.intermediate = config_.intermediate_size;
+  args.vocab = config_.vocab_size;
+  args.layers = config_.num_layers;
+  args.heads = config_.num_heads;
+  args.eps = config_.layer_norm_eps;
+  args.qkv = normed(layer.qkv, layer.norm1, layer.folded1);
+  args.attention_out = product(layer.attention_out, layer.attention_out.bias);
+  args.feed_forward_in = normed(layer.feed_forward_in, layer.norm2, layer.folded2);
+  args.feed_forward_out = product(layer.feed_forward_out, layer.feed_forward_out.bias);
+  args.layer_bytes = weights_->layer_bytes();
+  args.head = normed(weights_->head(), weights_->final_norm(), weights_->folded_final());
+  args.embedding = weights_->embedding().data;
+  args.positions = weights_->positions();
+  args.position_stride = config_.hidden_size;
+  args.cache = layout_;
+  bool any = false;
+  for (int32_t rows = 1; rows <= kPersistentRows; ++rows) {
+    args.rows = rows;
+    persistent_rows_[rows] = PersistentSupported(args);
+    any = any || persistent_rows_[rows];
+  }
+  if (any) exchange_ = DeviceMemory(PersistentExchangeBytes(args), "the work space of a step");
+  args.exchange = exchange_.as<>();
+}
+
+bool CudaDevice::RunsPersistent(int32_t rows) const {
+  return rows <= kPersistentRows && persistent_rows_[rows] &&
+         step_policy.load() == StepPolicy::kAutomatic;
+}
+
+void CudaDevice::LaunchPersistent(int32_t rows) {
+  PersistentArgs& args = persistent_;
+  const auto epochs = static_cast<uint32_t>(config_.num_layers) + 1;
+  // The first step, and the one in some hours whose epochs would not be new.
+  if (args.epoch == 0 || args.epoch > std::numeric_limits<uint32_t>::max() - epochs) {
+    Check(cudaMemsetAsync(exchange_.as<>(), 0, exchange_.size(), stream_),
+          "clearing device memory");
+    args.epoch = 1;
+  }
+  args.rows = rows;
+  args.row_list = layer_space_.row_list.as<Row>();
+  args.slots = device_slots_.as<Slot>();
+  args.logits = decode_space_.logits.as<float>();
+  args.ld = logits_stride_;
+  Check(PersistentStep(args, stream_), "launching a step");
+  ++persistent_steps;
+  args.epoch += epochs;
+}
+
 void CudaDevice::LaunchForward(int32_t rows) {
+  if (RunsPersistent(rows)) {
+    LaunchPersistent(rows);
+    return;
+  }
   const LayerSpace& s = layer_space_;
   Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -371,6 +454,11 @@ void CudaDevice::LaunchSample(int32_t rows) {
 }
 
 void CudaDevice::LaunchStep(int32_t rows) {
+  if (RunsPersistent(rows)) {
+    LaunchPersistent(rows);
+    LaunchSample(rows);
+    return;
+  }
   auto found = graphs_.find(rows);
   if (found == graphs_.end()) {
     cudaGraph_t graph = nullptr;

@@ -11,10 +11,16 @@
 #include "cuda/check.h"
 #include "cuda/cublaslt.h"
 #include "cuda/kernels.h"
+#include "cuda/persistent.h"
 #include "cuda/weights.h"
 #include "engine/device_plugin.h"
 
 namespace fastgen::cuda {
+
+// How steps of few rows run. Tests choose; it is the whole process's.
+enum class StepPolicy : int32_t { kAutomatic, kKernels };
+// Returns how many steps were launched as one kernel so far.
+int64_t SetStepPolicy(StepPolicy policy);
 
 inline int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -85,6 +91,10 @@ class CudaDevice {
   void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
   void LaunchSample(int32_t rows);
   void LaunchStep(int32_t rows);
+  // Steps of few rows as one kernel, where the device and the network allow it.
+  void PreparePersistent();
+  bool RunsPersistent(int32_t rows) const;
+  void LaunchPersistent(int32_t rows);
   int32_t Splits(int32_t rows) const;
   // Waits for a step's results and returns how many sequences go on.
   size_t WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
@@ -125,8 +135,11 @@ class CudaDevice {
   LayerSpace layer_space_;
   DecodeSpace decode_space_;
   PrefillSpace prefill_space_;
-  std::map<int32_t, cudaGraphExec_t> graphs_;  // by rows
-  std::unique_ptr<Multiplier> multiplier_;     // null where cuBLASLt cannot be had
+  std::map<int32_t, cudaGraphExec_t> graphs_;       // by rows
+  PersistentArgs persistent_;                       // but for what a step brings
+  bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
+  DeviceMemory exchange_;
+  std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
 };
 
 }  // namespace fastgen::cuda

@@ -120,6 +120,33 @@ __global__ void PackKernel(Matrix to, int first, int count, const float* from,
   }
 }
 
+__device__ inline float Load(const Matrix& w, int output, int column) {
+  const char* const row = static_cast<const char*>(w.data) + output * w.row_bytes;
+  if (w.dtype == DType::kFloat16) return __half2float(reinterpret_cast<const __half*>(row)[column]);
+  return __uint_as_float(static_cast<unsigned>(reinterpret_cast<const unsigned short*>(row)[column])
+                         << 16);
+}
+
+// A warp per output. Once per model, so in double.
+__global__ void FoldKernel(Matrix w, Norm norm, float* sums, float* bias) {
+  const int output = blockIdx.x * kWarps + threadIdx.y;
+  if (output >= w.out) return;
+  double sum = 0.0, shift = 0.0;
+  for (int k = threadIdx.x; k < w.in; k += 32) {
+    const double weight = Load(w, output, k);
+    sum += weight * norm.weight[k];
+    shift += weight * norm.bias[k];
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    shift += __shfl_xor_sync(0xffffffffu, shift, offset);
+  }
+  if (threadIdx.x != 0) return;
+  if (w.bias != nullptr) shift += w.bias[output];
+  sums[output] = static_cast<float>(sum);
+  bias[output] = static_cast<float>(shift);
+}
+
 __global__ void ReadKernel(const uint4* data, size_t count, float* sums) {
   constexpr int kUnroll = 8;
   unsigned sum = 0;
@@ -168,6 +195,12 @@ cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const fl
   const dim3 grid((count + kTile - 1) / kTile, (to.in + kTile - 1) / kTile);
   PackKernel<<<grid, dim3(kTile, kWarps), 0, stream>>>(to, first, count, from, column_stride,
                                                        output_stride);
+  return cudaGetLastError();
+}
+
+cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias,
+                     cudaStream_t stream) {
+  FoldKernel<<<(w.out + kWarps - 1) / kWarps, dim3(32, kWarps), 0, stream>>>(w, norm, sums, bias);
   return cudaGetLastError();
 }
 

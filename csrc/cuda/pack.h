@@ -20,6 +20,12 @@ int32_t ScaleStride(DType dtype, int32_t in);
 cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const float* from,
                         int64_t column_stride, int64_t output_stride, cudaStream_t stream);
 
+// For an input that is normed: sums[n] = sum_k W_nk w_k and bias[n] = w.bias[n] + sum_k W_nk b_k, with
+// the norm's weight w and bias b, so that the product with what is not normed yet is enough. float16
+// and bfloat16 only.
+cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias,
+                     cudaStream_t stream);
+
 // Sums `bytes` (a multiple of 16) at `data` into sums[blocks]: every byte is read once.
 cudaError_t ReadMemory(const void* data, size_t bytes, int32_t blocks, float* sums,
                        cudaStream_t stream);

@@ -70,6 +70,13 @@ constexpr engine::DevicePlugin kPlugin = {
 }  // namespace
 }  // namespace fastgen::cuda
 
+// For tests: 0, steps run as the device decides; 1, few rows run as many do. Returns how many steps were
+// launched as one kernel so far.
+extern "C" __attribute__((visibility("default"))) int64_t
+fastgen_cuda_test_step_policy(int policy) {
+  return fastgen::cuda::SetStepPolicy(static_cast<fastgen::cuda::StepPolicy>(policy));
+}
+
 extern "C" __attribute__((visibility("default"))) const fastgen::engine::DevicePlugin*
 fastgen_device_plugin() {
   return &fastgen::cuda::kPlugin;

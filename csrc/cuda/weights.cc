@@ -49,6 +49,12 @@ class Carver {
     norm.eps = eps;
     return norm;
   }
+  FoldedNorm TakeFolded(int32_t out) {
+    FoldedNorm folded;
+    folded.sums = TakeFloats(out);
+    folded.bias = TakeFloats(out);
+    return folded;
+  }
   int64_t used() const { return used_; }
 
  private:
@@ -137,6 +143,12 @@ class Weights::Loader {
     Check(PackOutputs(row, 0, 1, of.bias, 1, of.out, stream_), "packing weights");
   }
 
+  void Fold(const Matrix& w, const Norm& norm, const FoldedNorm& to) {
+    if (!to.sums) return;
+    Check(FoldNorm(w, norm, const_cast<float*>(to.sums), const_cast<float*>(to.bias), stream_),
+          "folding a norm");
+  }
+
   void FinalNorm(const Norm& norm, int32_t size) {
     float* host = Next();
     CheckReader(source_.read_final_norm(source_.self, host, host + size));
@@ -192,11 +204,13 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
   const int32_t wide = config.intermediate_size;
   layers_.resize(static_cast<size_t>(config.num_layers));
   int64_t step_begin = 0;
+  const bool folds = dtype == DType::kFloat16 || dtype == DType::kBFloat16;
   const auto carve = [&](Carver& carver) {
     positions_ = carver.TakeFloats(static_cast<int64_t>(config.max_positions) * h);
     if (!config.head_is_tied) embedding_ = carver.TakeMatrix(dtype, h, config.vocab_size, false);
     step_begin = carver.used();
     for (LayerWeights& layer : layers_) {
+      const int64_t layer_begin = carver.used();
       layer.norm1 = carver.TakeNorm(h, config.layer_norm_eps);
       layer.qkv = carver.TakeMatrix(dtype, h, 3 * h, true);
       layer.attention_out = carver.TakeMatrix(dtype, h, h, true);
@@ -207,9 +221,15 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
         layer.qkv_bias16 = carver.Take(RowBytes(activation_dtype, 3 * h));
         layer.feed_forward_in_bias16 = carver.Take(RowBytes(activation_dtype, wide));
       }
+      if (folds) {
+        layer.folded1 = carver.TakeFolded(3 * h);
+        layer.folded2 = carver.TakeFolded(wide);
+      }
+      layer_bytes_ = carver.used() - layer_begin;
     }
     final_norm_ = carver.TakeNorm(h, config.layer_norm_eps);
     head_ = carver.TakeMatrix(dtype, h, config.vocab_size, false);
+    if (folds) folded_final_ = carver.TakeFolded(config.vocab_size);
   };
   Carver size(nullptr);
   carve(size);
@@ -231,6 +251,7 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
   loader.Positions(config.max_positions, h, positions_);
   loader.FinalNorm(final_norm_, h);
   loader.Rows(Loader::Table::kHead, head_);
+  loader.Fold(head_, final_norm_, folded_final_);
   if (!config.head_is_tied) loader.Rows(Loader::Table::kEmbedding, embedding_);
   CheckReader(source.release_ends(source.self));
   report(static_cast<uint64_t>(step_begin + head_.row_bytes * head_.out));
@@ -256,6 +277,8 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
     loader.Columns(i, engine::Matrix::kAttentionOut, h, layer.attention_out, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardIn, wide, layer.feed_forward_in, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardOut, h, layer.feed_forward_out, 0);
+    loader.Fold(layer.qkv, layer.norm1, layer.folded1);
+    loader.Fold(layer.feed_forward_in, layer.norm2, layer.folded2);
     CheckReader(source.release_layer(source.self, i));
     report(static_cast<uint64_t>(layer.qkv.row_bytes * layer.qkv.out +
                                  layer.attention_out.row_bytes * layer.attention_out.out +

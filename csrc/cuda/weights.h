@@ -11,12 +11,20 @@
 
 namespace fastgen::cuda {
 
+// What lets a product take its input before the norm.
+struct FoldedNorm {
+  const float* sums = nullptr;
+  const float* bias = nullptr;
+};
+
 struct LayerWeights {
   Norm norm1, norm2;
   Matrix qkv, attention_out, feed_forward_in, feed_forward_out;
   // The biases of what prefill writes as `activation_dtype`; null where that is float32.
   const void* qkv_bias16 = nullptr;
   const void* feed_forward_in_bias16 = nullptr;
+  // See FoldNorm; null unless the weights are float16 or bfloat16.
+  FoldedNorm folded1, folded2;
 };
 
 class Weights {
@@ -29,6 +37,9 @@ class Weights {
   const Matrix& head() const { return head_; }
   const Matrix& embedding() const { return embedding_; }
   const Norm& final_norm() const { return final_norm_; }
+  const FoldedNorm& folded_final() const { return folded_final_; }
+  // Bytes from a layer's weights to those of the next, the same for all of them.
+  int64_t layer_bytes() const { return layer_bytes_; }
   const float* positions() const { return positions_; }  // [max_positions, hidden]
   uint64_t bytes() const { return memory_.size(); }
   uint64_t step_bytes() const { return step_bytes_; }
@@ -40,6 +51,8 @@ class Weights {
   std::vector<LayerWeights> layers_;
   Matrix head_, embedding_;
   Norm final_norm_;
+  FoldedNorm folded_final_;
+  int64_t layer_bytes_ = 0;
   const float* positions_ = nullptr;
   uint64_t step_bytes_ = 0;
 };

@@ -1,6 +1,8 @@
 // The kernel launchers of csrc/cuda as C functions, for the op table in Python: structures go by
 // pointer, device pointers and streams are those of any framework.
 #include "cuda/kernels.h"
+#include "cuda/pack.h"
+#include "cuda/persistent.h"
 
 #define FASTGEN_OP(name, Args)                                             \
   extern "C" __attribute__((visibility("default"))) int fastgen_op_##name( \
@@ -37,4 +39,24 @@ extern "C" __attribute__((visibility("default"))) int fastgen_op_dequantize(
 extern "C" __attribute__((visibility("default"))) size_t fastgen_op_sample_workspace(int rows,
                                                                                      int vocab) {
   return fastgen::cuda::SampleWorkspaceBytes(rows, vocab);
+}
+
+FASTGEN_OP(persistent_step, PersistentArgs) {
+  return fastgen::cuda::PersistentStep(*args, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_persistent_blocks(
+    const fastgen::cuda::PersistentArgs* args) {
+  return fastgen::cuda::PersistentBlocks(*args);
+}
+
+extern "C" __attribute__((visibility("default"))) size_t
+fastgen_op_persistent_exchange(const fastgen::cuda::PersistentArgs* args) {
+  return fastgen::cuda::PersistentExchangeBytes(*args);
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_fold_norm(
+    const fastgen::cuda::Matrix* w, const fastgen::cuda::Norm* norm, float* sums, float* bias,
+    void* stream) {
+  return fastgen::cuda::FoldNorm(*w, *norm, sums, bias, static_cast<cudaStream_t>(stream));
 }

@@ -195,6 +195,40 @@ class SampleArgs(ctypes.Structure):
     ]
 
 
+class PersistentProduct(ctypes.Structure):
+    _fields_ = [("weights", _ptr), ("bias", _ptr), ("norm_weight", _ptr), ("sums", _ptr)]
+
+
+class PersistentArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", _i32),
+        ("hidden", _i32),
+        ("intermediate", _i32),
+        ("vocab", _i32),
+        ("layers", _i32),
+        ("heads", _i32),
+        ("eps", _f32),
+        ("qkv", PersistentProduct),
+        ("attention_out", PersistentProduct),
+        ("feed_forward_in", PersistentProduct),
+        ("feed_forward_out", PersistentProduct),
+        ("layer_bytes", _i64),
+        ("head", PersistentProduct),
+        ("embedding", _ptr),
+        ("positions", _ptr),
+        ("position_stride", _i64),
+        ("cache", CacheLayout),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("rows", _i32),
+        ("logits", _ptr),
+        ("ld", _i64),
+        ("exchange", _ptr),
+        ("epoch", _u32),
+        ("stamps", _ptr),
+    ]
+
+
 def library_path() -> Path:
     """Built from ops.cc and csrc/cuda; FASTGEN_CUDA_OPS names it."""
     return Path(os.environ.get("FASTGEN_CUDA_OPS", "build-cuda/libfastgen_cuda_ops.so"))
@@ -206,6 +240,7 @@ class Library:
     def __init__(self, path: Path | None = None) -> None:
         self._library = ctypes.CDLL(str((path or library_path()).resolve()))
         self._library.fastgen_op_sample_workspace.restype = ctypes.c_size_t
+        self._library.fastgen_op_persistent_exchange.restype = ctypes.c_size_t
 
     def launch(self, name: str, *arguments: Any) -> None:
         """Launches on PyTorch's current stream; a structure goes by reference."""
@@ -227,3 +262,11 @@ class Library:
     def sample_workspace(self, rows: int, vocab: int) -> int:
         """Bytes of zeroed workspace that `sample` needs."""
         return int(self._library.fastgen_op_sample_workspace(rows, vocab))
+
+    def persistent_blocks(self, args: PersistentArgs) -> int:
+        """Blocks of a persistent step; 0 if there can be none."""
+        return int(self._library.fastgen_op_persistent_blocks(ctypes.byref(args)))
+
+    def persistent_exchange(self, args: PersistentArgs) -> int:
+        """Bytes that the blocks of a persistent step exchange."""
+        return int(self._library.fastgen_op_persistent_exchange(ctypes.byref(args)))

@@ -1,0 +1,153 @@
+// Instructions of sm_90 and newer as thin wrappers over PTX: copies by the bulk engine into shared
+// memory that complete on a barrier there, and 16 bytes of device memory that are read and written as
+// one. The persistent kernel is built of them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/arch.h"
+#include "cuda/mma.h"
+
+// Loads and stores of 128 bits that are atomic came with PTX 8.3, CUDA 12.3.
+#if CUDART_VERSION >= 12030 && !defined(FASTGEN_CUDA_FLOOR)
+#define FASTGEN_CUDA_HAS_PERSISTENT 1
+#else
+#define FASTGEN_CUDA_HAS_PERSISTENT 0
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && FASTGEN_CUDA_HAS_PERSISTENT
+#define FASTGEN_ARCH_HAS_PERSISTENT 1
+#else
+#define FASTGEN_ARCH_HAS_PERSISTENT 0
+#endif
+
+#if FASTGEN_ARCH_HAS_PERSISTENT
+
+namespace fastgen {
+namespace cuda {
+
+// ---- barriers in shared memory (mbarrier) ---------------------------------------------------------
+
+// A phase of the barrier ends when `count` arrivals, and the bytes announced with them, are there.
+__device__ __forceinline__ void BarrierInit(uint64_t* barrier, int32_t count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(count));
+}
+
+// Makes initialised barriers known to the bulk engine; a barrier of the block has to follow.
+__device__ __forceinline__ void BarrierInitDone() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void BarrierArriveExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
+// Waits for the end of the phase of that parity.
+__device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}\n" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- the bulk engine ------------------------------------------------------------------------------
+
+// Data that is read once and should not push other data out of the L2 cache.
+__device__ __forceinline__ uint64_t ReadOncePolicy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Addresses and size are multiples of 16 bytes.
+__device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes,
+                                         uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// ---- 16 bytes that are one ------------------------------------------------------------------------
+
+__device__ __forceinline__ uint4 LoadWhole(const uint4* from) {
+  uint64_t low, high;
+  asm volatile(
+      "{\n"
+      ".reg .b128 whole;\n"
+      "ld.relaxed.gpu.global.b128 whole, [%2];\n"
+      "mov.b128 {%0, %1}, whole;\n"
+      "}\n"
+      : "=l"(low), "=l"(high)
+      : "l"(from)
+      : "memory");
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
+                    static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32));
+}
+
+__device__ __forceinline__ void StoreWhole(uint4* to, uint4 v) {
+  const uint64_t low = static_cast<uint64_t>(v.y) << 32 | v.x;
+  const uint64_t high = static_cast<uint64_t>(v.w) << 32 | v.z;
+  asm volatile(
+      "{\n"
+      ".reg .b128 whole;\n"
+      "mov.b128 whole, {%1, %2};\n"
+      "st.relaxed.gpu.global.b128 [%0], whole;\n"
+      "}\n" ::"l"(to),
+      "l"(low), "l"(high)
+      : "memory");
+}
+
+// ---- the rest -------------------------------------------------------------------------------------
+
+// A barrier of the first kThreads threads of the block.
+template <int kThreads>
+__device__ __forceinline__ void SyncFirst() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t WarpMaxBits(uint32_t x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
+
+__device__ __forceinline__ void PrefetchToL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+__device__ __forceinline__ int64_t Clock() { return clock64(); }
+
+// Two numbers in a register, `low` in its lower half; float16 as well as bfloat16.
+template <typename T>
+__device__ __forceinline__ uint32_t RoundPair(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t RoundPair<__half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t RoundPair<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+}  // namespace cuda
+}  // namespace fastgen
+
+#endif  // FASTGEN_ARCH_HAS_PERSISTENT

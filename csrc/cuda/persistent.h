@@ -1,0 +1,85 @@
+// A whole decode step of few rows as one kernel: every layer and the head, from tokens to logits. All
+// blocks stay on the device from the first layer to the last and hand activations to each other
+// through device memory, so that the stream of weights never stops.
+#pragma once
+
+#include "cuda/types.h"
+
+namespace fastgen {
+namespace cuda {
+
+constexpr int32_t kPersistentRows = 4;  // rows of a step at most
+
+// A product of a layer, [out, in] as types.h has it, rows without gaps. Where the input is normed,
+// with w the norm's weight and b its bias:
+//   y_n = scale * (sum_k W_nk w_k x_k - mean * sums_n) + bias_n,
+// where sums_n = sum_k W_nk w_k, and bias_n has sum_k W_nk b_k in it: see FoldNorm in pack.h.
+struct PersistentProduct {
+  const void* weights = nullptr;
+  const float* bias = nullptr;         // [out]
+  const float* norm_weight = nullptr;  // [in], or null: the input is not normed
+  const float* sums = nullptr;         // [out], where the input is normed
+};
+
+struct PersistentArgs {
+  DType dtype = DType::kFloat16;  // of weights and cache
+  int32_t hidden = 0, intermediate = 0, vocab = 0, layers = 0, heads = 0;
+  float eps = 0.0f;
+  // Of the first layer; everything of layer i is i * layer_bytes behind it.
+  PersistentProduct qkv, attention_out, feed_forward_in, feed_forward_out;
+  int64_t layer_bytes = 0;
+  PersistentProduct head;
+  const void* embedding = nullptr;   // [vocab, hidden], of `dtype`
+  const float* positions = nullptr;  // [max_positions, position_stride]
+  int64_t position_stride = 0;
+  CacheLayout cache;
+
+  const Row* row_list = nullptr;  // [rows], different slots
+  const Slot* slots = nullptr;
+  int32_t rows = 0;
+  float* logits = nullptr;  // [rows, ld]; nothing is written for a row without a token
+  int64_t ld = 0;
+
+  // What the blocks exchange, PersistentExchangeBytes(), zero before the first step. Every number in
+  // it is marked with the epoch it belongs to: a step uses the epochs [epoch, epoch + layers], which
+  // no step since the zeros may have used, and of which none is 0.
+  void* exchange = nullptr;
+  uint32_t epoch = 0;
+  // Where not null, clocks of what happens: see StampIndex.
+  int64_t* stamps = nullptr;
+};
+
+// Moments of a block's phase, in the order of StampIndex.
+enum class Stamp : int32_t {
+  kBegin,    // of the phase
+  kWeights,  // the first weights (attention: keys and values) are in registers
+  kInputs,   // what other blocks computed has arrived
+  kSums,     // the products are summed up over the block
+  kEnd,      // the outputs are written
+  kCount,
+};
+
+// Phases of a step: five per layer, QKV | attention | its output | feed-forward in | out, and the head.
+inline int32_t PersistentPhases(const PersistentArgs& args) { return 5 * args.layers + 1; }
+
+// stamps[StampIndex(...)], of [blocks][phases][Stamp::kCount], for the first warp of a block; blocks
+// that have nothing to do in a phase leave theirs as they were.
+inline int64_t StampIndex(const PersistentArgs& args, int32_t block, int32_t phase, Stamp stamp) {
+  return (static_cast<int64_t>(block) * PersistentPhases(args) + phase) *
+             static_cast<int64_t>(Stamp::kCount) +
+         static_cast<int64_t>(stamp);
+}
+
+// Whether the current device, and what this library has for it, can run such steps: asks for sizes
+// and types only. Blocks of a step, if so; 0 where not.
+int32_t PersistentBlocks(const PersistentArgs& args);
+inline bool PersistentSupported(const PersistentArgs& args) { return PersistentBlocks(args) > 0; }
+
+size_t PersistentExchangeBytes(const PersistentArgs& args);
+
+// Launches a step. A row's logits depend on the row and on the number of rows, rounded up to 1, 2 or
+// 4, but not on what the other rows are.
+cudaError_t PersistentStep(const PersistentArgs& args, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace fastgen

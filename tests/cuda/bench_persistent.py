@@ -1,0 +1,239 @@
+"""Times decode steps as one kernel on random weights, and says where their time goes.
+
+python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from tests.cuda import ops
+
+# layers, hidden, heads
+SHAPES = {
+    "small": (12, 768, 12),
+    "medium": (24, 1024, 16),
+    "large": (36, 1280, 20),
+    "xl": (48, 1600, 25),
+}
+VOCAB = 50257
+PHASES = ("qkv", "attention", "out", "ff in", "ff out")
+STAMPS = ("begin", "weights", "inputs", "sums", "end")
+
+
+class Steps:
+    """A network of random weights, and sequences in the middle of their generation."""
+
+    def __init__(self, library: ops.Library, shape: str, rows: int, context: int) -> None:
+        self.library = library
+        layers, hidden, heads = SHAPES[shape]
+        wide, size = 4 * hidden, hidden // heads
+        self.keep: list[torch.Tensor] = []
+        sizes = {"qkv": (hidden, 3 * hidden), "attention_out": (hidden, hidden)}
+        sizes |= {"feed_forward_in": (hidden, wide), "feed_forward_out": (wide, hidden)}
+        offsets: dict[tuple[str, str], int] = {}
+        layer_bytes = 0
+
+        def take(key: tuple[str, str], count: int) -> None:
+            nonlocal layer_bytes
+            offsets[key] = layer_bytes
+            layer_bytes += (count + 255) // 256 * 256
+
+        for name, (inputs, outputs) in sizes.items():
+            take((name, "weights"), 2 * inputs * outputs)
+            take((name, "bias"), 4 * outputs)
+            if name in ("qkv", "feed_forward_in"):
+                take((name, "norm_weight"), 4 * inputs)
+                take((name, "sums"), 4 * outputs)
+        self.weight_bytes = layers * layer_bytes + 2 * VOCAB * hidden
+        memory = self.tensor(torch.empty(layers * layer_bytes, dtype=torch.uint8))
+        # Small numbers whichever type they are read as; sums as they would be.
+        for layer in range(layers):
+            for (name, what), offset in offsets.items():
+                inputs, outputs = sizes[name]
+                at = layer * layer_bytes + offset
+                if what == "weights":
+                    part = memory[at : at + 2 * inputs * outputs].view(torch.float16)
+                    part.normal_(0.0, inputs**-0.5)
+                else:
+                    count = inputs if what == "norm_weight" else outputs
+                    part = memory[at : at + 4 * count].view(torch.float32)
+                    part.fill_(1.0 if what == "norm_weight" else 0.0)
+            for name in ("qkv", "feed_forward_in"):
+                inputs, outputs = sizes[name]
+                at = layer * layer_bytes
+                begin = at + offsets[name, "weights"]
+                w = memory[begin : begin + 2 * inputs * outputs].view(torch.float16)
+                begin = at + offsets[name, "sums"]
+                sums = memory[begin : begin + 4 * outputs].view(torch.float32)
+                sums.copy_(w.view(outputs, inputs).float().sum(1))
+        head = self.tensor(torch.empty(VOCAB, hidden, dtype=torch.float16)).normal_(0.0, 0.02)
+        vectors = self.tensor(torch.zeros(2 * VOCAB))
+        vectors[:VOCAB] = head.float().sum(1)
+        positions = self.tensor(torch.zeros(2048, hidden)).normal_(0.0, 0.02)
+        ones = self.tensor(torch.ones(hidden))
+
+        cache = ops.CacheLayout(ops.FLOAT16, layers, heads, size, size)
+        pages = (context + ops.PAGE - 1) // ops.PAGE
+        page_items = 2 * layers * heads * ops.PAGE * size
+        slots = (ops.Slot * rows)()
+        for row in range(rows):
+            memory_of_row = self.tensor(torch.empty(pages, page_items, dtype=torch.float16))
+            memory_of_row.normal_()
+            tokens = self.tensor(torch.randint(0, VOCAB, (context + 1,), dtype=torch.int32))
+            first = memory_of_row.data_ptr()
+            table = self.tensor(
+                torch.tensor([first + 2 * page_items * i for i in range(pages)], dtype=torch.int64)
+            )
+            slots[row].length = context
+            slots[row].tokens = tokens.data_ptr()
+            slots[row].pages = table.data_ptr()
+        row_list = (ops.Row * rows)(*[ops.Row(row, -1) for row in range(rows)])
+        self.logits = self.tensor(torch.empty(rows, VOCAB + 15))
+
+        def product(name: str) -> ops.PersistentProduct:
+            fields = {
+                what: memory.data_ptr() + offset
+                for (whose, what), offset in offsets.items()
+                if whose == name
+            }
+            return ops.PersistentProduct(**fields)
+
+        self.layers = layers
+        self.args = ops.PersistentArgs(
+            dtype=ops.FLOAT16,
+            hidden=hidden,
+            intermediate=wide,
+            vocab=VOCAB,
+            layers=layers,
+            heads=heads,
+            eps=1e-5,
+            layer_bytes=layer_bytes,
+            head=ops.PersistentProduct(
+                head.data_ptr(), vectors[VOCAB:].data_ptr(), ones.data_ptr(), vectors.data_ptr()
+            ),
+            embedding=head.data_ptr(),
+            positions=positions.data_ptr(),
+            position_stride=hidden,
+            cache=cache,
+            row_list=self.structures(row_list),
+            slots=self.structures(slots),
+            rows=rows,
+            logits=self.logits.data_ptr(),
+            ld=VOCAB + 15,
+            epoch=1,
+            **{name: product(name) for name in sizes},
+        )
+        self.blocks = library.persistent_blocks(self.args)
+        exchange = self.tensor(
+            torch.zeros(library.persistent_exchange(self.args), dtype=torch.uint8)
+        )
+        self.args.exchange = exchange.data_ptr()
+        self.cache_bytes = rows * context * 4 * layers * hidden
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """On the device, for as long as this object lives."""
+        self.keep.append(value.cuda())
+        return self.keep[-1]
+
+    def structures(self, array: Any) -> int:
+        """Address of structures on the device."""
+        raw = np.frombuffer(bytes(array), dtype=np.uint8).copy()
+        return self.tensor(torch.from_numpy(raw)).data_ptr()
+
+    def step(self) -> None:
+        """Launches one."""
+        self.library.launch("persistent_step", self.args)
+        self.args.epoch += self.layers + 1
+
+    def microseconds(self, steps: int = 20, rounds: int = 7) -> float:
+        """Per step: the median of rounds."""
+        for _ in range(5):
+            self.step()
+        times = []
+        for _ in range(rounds):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(steps):
+                self.step()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * begin.elapsed_time(end) / steps)
+        assert bool(torch.isfinite(self.logits[:, :VOCAB]).all())
+        return statistics.median(times)
+
+    def profile(self) -> None:
+        """Clock cycles of the moments of every phase, over layers and blocks."""
+        phases = 5 * self.layers + 1
+        stamps = self.tensor(torch.zeros(self.blocks, phases, len(STAMPS), dtype=torch.int64))
+        for _ in range(3):
+            self.step()
+        self.args.stamps = stamps.data_ptr()
+        self.step()
+        torch.cuda.synchronize()
+        self.args.stamps = None
+        t = stamps.cpu().numpy().astype(np.float64)
+        print("  cycles from one moment to the next: min / median / max over blocks and layers")
+        print(f"  {'phase':10}" + "".join(f"{name:>24}" for name in STAMPS[1:]) + f"{'blocks':>8}")
+        middle = range(1, self.layers)  # the first layer waits for memory
+        for i, name in enumerate((*PHASES, "head")):
+            which = [5 * self.layers] if name == "head" else [5 * layer + i for layer in middle]
+            part = t[:, which, :].reshape(-1, len(STAMPS))
+            part = part[part[:, 4] > 0]
+            if len(part) == 0:
+                continue
+            gaps = np.diff(part, axis=1)
+            cells = [
+                f"{gaps[:, k].min():.0f}/{np.median(gaps[:, k]):.0f}/{gaps[:, k].max():.0f}"
+                for k in range(gaps.shape[1])
+            ]
+            blocks = len(part) // len(which)
+            print(f"  {name:10}" + "".join(f"{cell:>24}" for cell in cells) + f"{blocks:8}")
+        begins = t[:, 0 : 5 * self.layers : 5, 0]
+        begins = begins[(begins > 0).all(axis=1)]
+        if self.layers > 2 and len(begins):
+            layer = np.diff(begins[:, 1:], axis=1)
+            print(f"  cycles per layer: {np.median(layer):.0f} (median), {layer.max():.0f} (max)")
+        outputs = t[:, -1, 4]
+        busy = outputs[outputs > 0] - t[outputs > 0, -1, 0]
+        print(f"  cycles of the head: {np.median(busy):.0f} (median)")
+
+
+def main() -> None:
+    """Prints a line for each number of rows and context."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="medium", choices=list(SHAPES))
+    parser.add_argument("--rows", default="1,2,4")
+    parser.add_argument("--contexts", default="16,128,512,1024")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    library = ops.Library()
+    for rows in map(int, options.rows.split(",")):
+        for context in map(int, options.contexts.split(",")):
+            torch.manual_seed(0)
+            steps = Steps(library, options.shape, rows, context)
+            if steps.blocks == 0:
+                print(f"{options.shape} rows {rows}: this device has no such steps")
+                continue
+            us = steps.microseconds()
+            total = steps.weight_bytes + steps.cache_bytes
+            print(
+                f"{options.shape} rows {rows} context {context}: {us:.1f} us per step, "
+                f"{us / steps.layers:.2f} per layer with the head's share, "
+                f"{total / us * 1e-6:.2f} TB/s"
+            )
+            if options.profile:
+                steps.profile()
+
+
+if __name__ == "__main__":
+    main()

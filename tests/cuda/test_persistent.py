@@ -1,0 +1,189 @@
+"""Decode steps as one kernel against the same steps as a graph of kernels, through the engine."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fastgen import _capi
+from fastgen.options import GenerationOptions
+from fastgen.testing.engine import EngineModel, EngineSequence
+from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
+
+BOUNDS = {"float16": 2e-6, "bfloat16": 4e-5}  # normalised mean squared error of logits
+
+SHAPES = [
+    GPTShape(97, 64, 32, 1, 4, 32),  # fewer tiles than multiprocessors
+    GPTShape(515, 200, 64, 3, 1, 224),
+    GPTShape(203, 300, 160, 2, 2, 640),  # head size 80; columns that no warp count divides
+    GPTShape(1003, 700, 128, 2, 1, 512),  # head size 128
+    GPTShape(50257, 1024, 768, 2, 12, 3072),
+    GPTShape(50257, 1024, 1024, 3, 16, 4096),
+    GPTShape(300, 1024, 1280, 2, 20, 5120),
+    GPTShape(300, 128, 1600, 2, 25, 6400),
+]
+
+
+def steps_as_one_kernel(policy: int = 0) -> int:
+    """How many steps ran as one kernel so far; sets how the next ones run."""
+    library = ctypes.CDLL(str(_capi.library_path().resolve().parent / "libfastgen_cuda.so"))
+    library.fastgen_cuda_test_step_policy.restype = ctypes.c_int64
+    return int(library.fastgen_cuda_test_step_policy(policy))
+
+
+@contextmanager
+def kernels_only() -> Iterator[None]:
+    """Steps of few rows run as those of many."""
+    steps_as_one_kernel(1)
+    try:
+        yield
+    finally:
+        steps_as_one_kernel(0)
+
+
+def prompt(shape: GPTShape, length: int, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return [int(token) for token in rng.integers(0, shape.vocab_size, length)]
+
+
+def nmse(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Normalised mean squared error; infinite where something is not a number."""
+    a, e = actual.astype(np.float64), expected.astype(np.float64)
+    if not np.isfinite(a).all():
+        return float("inf")
+    return float(((a - e) ** 2).sum() / (e**2).sum())
+
+
+def logits_of(sequence: EngineSequence) -> npt.NDArray[np.float32]:
+    assert sequence.logits is not None
+    return sequence.logits
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s.hidden_size}d{s.head_size}")
+def test_logits_are_those_of_the_kernels(shape: GPTShape, dtype: str) -> None:
+    """1 to 4 ragged rows, short and as long as the model allows."""
+    tensors = make_tensors(shape, WeightRecipe(1))
+    most = shape.max_position_embeddings
+    options = GenerationOptions(max_length=4, eos_token_id=-1)
+    with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as model:
+        for rows in (1, 2, 3, 4):
+            lengths = [1, 31, 33, most - 4][:rows] if rows > 1 else [most - 4]
+            for longest in (lengths, [most // 2 + 1 - i for i in range(rows)]):
+                prompts = [prompt(shape, n, i) for i, n in enumerate(longest)]
+                before = steps_as_one_kernel()
+                ours = model.generate(prompts, options, keep_logits=True)
+                assert steps_as_one_kernel() > before
+                # The same tokens, so that every step has the same input.
+                with kernels_only():
+                    theirs = model.generate(prompts, options, keep_logits=True)
+                for one, other in zip(ours, theirs):
+                    same = 1
+                    while same < 4 and one.tokens[:same] == other.tokens[:same]:
+                        same += 1
+                    error = nmse(logits_of(one)[:same], logits_of(other)[:same])
+                    assert error < BOUNDS[dtype], (rows, longest)
+                again = model.generate(prompts, options, keep_logits=True)
+                for one, other in zip(ours, again):
+                    assert (logits_of(one) == logits_of(other)).all()
+
+
+def test_many_steps_in_sequence() -> None:
+    """Thousands of steps, rows that end at different times, and what the cache holds in the end."""
+    shape = GPTShape(301, 1000, 128, 2, 4, 512)
+    tensors = make_tensors(shape, WeightRecipe(4))
+    long = GenerationOptions(
+        max_length=900, decode_strategy="sampling", top_k=20, top_p=0.95, eos_token_id=-1
+    )
+    short = GenerationOptions(
+        max_length=60, decode_strategy="sampling", top_k=20, top_p=0.95, eos_token_id=7
+    )
+    with EngineModel(shape, tensors, device="cuda", weight_dtype="float16") as model:
+        (one,) = model.generate([prompt(shape, 5)], long, seed=3)
+        with kernels_only():
+            expected = model.logits(prompt(shape, 5) + one.tokens)[-1]
+        last = GenerationOptions(max_length=1, eos_token_id=-1)
+        (end,) = model.generate([prompt(shape, 5) + one.tokens], last, keep_logits=True)
+        assert nmse(logits_of(end)[0], expected) < BOUNDS["float16"]
+        prompts = [prompt(shape, 1 + 3 * i, i) for i in range(4)]
+        for seed in range(20):
+            together = model.generate(prompts, short, seed=seed)
+            assert [s.tokens for s in model.generate(prompts, short, seed=seed)] == [
+                s.tokens for s in together
+            ]
+
+
+def test_models_side_by_side() -> None:
+    """Several models alive, used by turns and by threads at the same time."""
+    shapes = [GPTShape(301, 200, 128, 2, 4, 512), GPTShape(203, 200, 256, 3, 4, 1024)]
+    options = GenerationOptions(
+        max_length=40, decode_strategy="sampling", top_k=20, top_p=0.9, eos_token_id=-1
+    )
+    models = [
+        EngineModel(s, make_tensors(s, WeightRecipe(i)), device="cuda", weight_dtype="float16")
+        for i, s in enumerate(shapes)
+    ]
+    try:
+        expected = [m.generate([prompt(m.shape, 9)], options, seed=1)[0].tokens for m in models]
+        for _ in range(5):
+            for model, tokens in zip(models, expected):
+                assert model.generate([prompt(model.shape, 9)], options, seed=1)[0].tokens == tokens
+        wrong: list[int] = []
+
+        def work(i: int) -> None:
+            for _ in range(20):
+                (got,) = models[i].generate([prompt(shapes[i], 9)], options, seed=1)
+                if got.tokens != expected[i]:
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+    finally:
+        for model in models:
+            model.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (GPTShape(97, 64, 60, 1, 5, 121), "float16"),
+        (GPTShape(97, 64, 256, 1, 1, 512), "float16"),
+        (GPTShape(97, 64, 64, 1, 2, 128), "float32"),
+        (GPTShape(97, 64, 64, 1, 2, 128), "int8"),
+    ],
+    ids=["odd", "wide head", "float32", "int8"],
+)
+def test_other_networks_run_as_kernels(shape: GPTShape, dtype: str) -> None:
+    """What the one kernel has no code for."""
+    options = GenerationOptions(max_length=3, eos_token_id=-1)
+    with EngineModel(
+        shape, make_tensors(shape, WeightRecipe(1)), device="cuda", weight_dtype=dtype
+    ) as model:
+        before = steps_as_one_kernel()
+        model.generate([prompt(shape, 4)], options)
+        assert steps_as_one_kernel() == before
+
+
+def test_large_activations_do_not_overflow() -> None:
+    shape = GPTShape(200, 64, 64, 2, 4, 256)
+    tensors = make_tensors(shape, WeightRecipe(3))
+    for name in tensors:
+        if name.endswith(("out_proj.weight", "linear2.weight", "word_embeddings.weight")):
+            tensors[name] = tensors[name] * np.float32(1e4)
+    options = GenerationOptions(max_length=3, eos_token_id=-1)
+    for dtype, bound in BOUNDS.items():
+        with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as model:
+            (ours,) = model.generate([prompt(shape, 50)], options, keep_logits=True)
+            with kernels_only():
+                (theirs,) = model.generate([prompt(shape, 50)], options, keep_logits=True)
+        assert nmse(logits_of(ours)[0], logits_of(theirs)[0]) < 10 * bound
