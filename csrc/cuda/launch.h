@@ -45,10 +45,20 @@ inline cudaError_t CompiledArchitecture(const void* kernel, int* architecture) {
   return status;
 }
 
+// Lets the kernel have `bytes` of dynamic shared memory. The limit of a kernel is one for the whole
+// process, so it is raised as far as the device allows: set to what one launch needs it would be too
+// low for another that a second thread is about to make.
 inline cudaError_t AllowSharedBytes(const void* kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  if (bytes <= static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) return cudaSuccess;
+  DeviceLimits limits;
+  status = GetDeviceLimits(&limits);
+  if (status != cudaSuccess) return status;
+  const int most = limits.shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+  if (most < 0 || bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 #if FASTGEN_CUDA_HAS_CLUSTERS

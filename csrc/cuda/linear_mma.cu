@@ -384,8 +384,7 @@ cudaError_t LinearMma(const LinearTask& task, cudaStream_t stream, bool* taken) 
   if (status != cudaSuccess || architecture < 80) return status;
   status = GetDeviceLimits(&choice.limits);
   if (status != cudaSuccess) return status;
-  choice.max_cluster_bits =
-      architecture >= 90 && FASTGEN_CUDA_HAS_CLUSTERS ? kMaxClusterBits : 0;
+  choice.max_cluster_bits = architecture >= 90 && FASTGEN_CUDA_HAS_CLUSTERS ? kMaxClusterBits : 0;
   while (ClustersAtOnce(choice.max_cluster_bits, choice.limits) == 0) --choice.max_cluster_bits;
   switch (task.args.w.dtype) {
     case DType::kFloat32: return cudaSuccess;

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cuda/launch.h"
 #include "cuda/persistent_attention.h"
 #include "cuda/persistent_product.h"
 
@@ -320,7 +321,7 @@ cudaError_t PlanForDevice(const PersistentArgs& args, Plan* plan, int* blocks) {
   // Compiled for an older architecture the kernel is empty.
   if (status != cudaSuccess || attributes.ptxVersion < 90) return status;
   const int bytes = PlanBytes(*plan, RowsOf(args.rows));
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  status = AllowSharedBytes(kernel, static_cast<size_t>(bytes));
   int per_processor = 0;
   if (status == cudaSuccess) {
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads,

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/sample_group.h"
 
 namespace fastgen {
@@ -287,8 +288,7 @@ cudaError_t AskForClusters(Kernel kernel, bool* has, int* shared_bytes) {
 template <typename Kernel>
 cudaError_t LaunchClusters(Kernel kernel, const SampleArgs& args, int32_t chunk, float sum_scale,
                            size_t bytes, cudaStream_t stream) {
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(bytes));
+  const cudaError_t status = AllowSharedBytes(reinterpret_cast<const void*>(kernel), bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -134,20 +134,16 @@ def test_models_side_by_side() -> None:
         for _ in range(5):
             for model, tokens in zip(models, expected):
                 assert model.generate([prompt(model.shape, 9)], options, seed=1)[0].tokens == tokens
-        wrong: list[int] = []
 
-        def work(i: int) -> None:
-            for _ in range(20):
-                (got,) = models[i].generate([prompt(shapes[i], 9)], options, seed=1)
-                if got.tokens != expected[i]:
-                    wrong.append(i)
+        def work(i: int) -> bool:
+            request = [prompt(shapes[i], 9)]
+            return all(
+                models[i].generate(request, options, seed=1)[0].tokens == expected[i]
+                for _ in range(20)
+            )
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        with ThreadPoolExecutor(2) as threads:
+            assert all(threads.map(work, (0, 1)))
     finally:
         for model in models:
             model.close()
