@@ -61,8 +61,9 @@ def decode(x: np.ndarray) -> np.ndarray:
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
     """Norm of the difference over the norm; infinite for NaN."""
-    value = np.linalg.norm(got.astype(np.float64) - want) / max(np.linalg.norm(want), 1e-30)
-    return float(value) if np.isfinite(value) else float("inf")
+    size = max(float(np.linalg.norm(want)), 1e-30)
+    value = float(np.linalg.norm(got.astype(np.float64) - want)) / size
+    return value if np.isfinite(value) else float("inf")
 
 
 class Weights:

@@ -79,7 +79,7 @@ def run(
         w.matrix,
         device_x.ptr,
         padded.shape[1],
-        reference(norm and norm.struct),
+        reference(None if norm is None else norm.struct),
         rows,
         device_y.ptr,
         full.shape[1],
