@@ -6,8 +6,9 @@
 #                                                UndefinedBehaviorSanitizer
 #   ci/ctest.sh thread [<ctest argument>...]     with ThreadSanitizer: the tests that have threads
 #
-# e.g. ci/ctest.sh address -R readers. Needs Python 3.11 (with venv), g++ and pkg-config. Build trees
-# are .venv/ctest/<kind>; FASTGEN_JOBS is how many compilers run at once (default: as Ninja likes).
+# e.g. ci/ctest.sh address -R readers. Needs Python 3.11 (with venv) and g++; without pkg-config its part
+# of the applications is left out, with a word. Build trees are .venv/ctest/<kind>; FASTGEN_JOBS is how
+# many compilers run at once (default: as Ninja likes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

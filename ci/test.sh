@@ -8,7 +8,7 @@
 #
 # The CUDA device is compiled where there is nvcc, and tried on a GPU by ci/cuda.sh only.
 #
-# Needs Python 3.11 (with venv), git, g++ and pkg-config. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
+# Needs Python 3.11 (with venv), git and g++. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
 # how many examples are tried (default: ci).
 set -euo pipefail
 cd "$(dirname "$0")/.."
