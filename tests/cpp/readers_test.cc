@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "failure.h"
 #include "io/export.h"
 #include "io/json.h"
 #include "io/mapped_file.h"
@@ -26,27 +27,14 @@
 namespace fastgen::io {
 namespace {
 
+using tests::ExpectContains;
+using tests::Failure;
 using tests::ReadFile;
 using tests::SafetensorsFile;
 using tests::TemporaryDirectory;
 using tests::WriteFile;
 
 constexpr uint64_t kSeed = 20240607;
-
-// The sentence that `call` fails with; "" if it does not.
-std::string Failure(const std::function<void()>& call, fastgen_status status = FASTGEN_BAD_FILE) {
-  try {
-    call();
-  } catch (const base::Error& error) {
-    EXPECT_EQ(error.status(), status) << error.what();
-    return error.what();
-  }
-  return "";
-}
-
-void ExpectContains(const std::string& text, const std::string& part) {
-  EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' has no '" << part << "'";
-}
 
 // ---- JSON ----------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "failure.h"
 #include "temporary.h"
 #include "text/pre_tokenizer.h"
 #include "tiny_model.h"
@@ -23,24 +24,12 @@
 namespace fastgen::text {
 namespace {
 
+using tests::ExpectContains;
+using tests::Failure;
 using tests::TemporaryDirectory;
 using tests::WriteFile;
 
 constexpr uint64_t kSeed = 20240607;
-
-std::string Failure(const std::function<void()>& call, fastgen_status status = FASTGEN_BAD_FILE) {
-  try {
-    call();
-  } catch (const base::Error& error) {
-    EXPECT_EQ(error.status(), status) << error.what();
-    return error.what();
-  }
-  return "";
-}
-
-void ExpectContains(const std::string& text, const std::string& part) {
-  EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' has no '" << part << "'";
-}
 
 // The tiny tokenizer: all bytes, and merges up to "return" and " a".
 std::shared_ptr<const Tokenizer> Tiny() {

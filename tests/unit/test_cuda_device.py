@@ -47,8 +47,15 @@ def attempt(device: str = "cuda", **environment: str) -> str:
 
 
 def test_the_library_is_missing() -> None:
-    if attempt() == "ok":
+    says = attempt()
+    if says == "ok":
         pytest.skip("libfastgen_cuda and a GPU are here")
+    assert says.startswith(
+        (
+            "UnsupportedError device=cuda needs libfastgen_cuda.so beside libfastgen",
+            "UnsupportedError device=cuda: there is no usable NVIDIA device",
+        )
+    )
     says = attempt(FASTGEN_CUDA_LIBRARY="/nonexistent/libfastgen_cuda.so")
     assert says.startswith(
         "UnsupportedError device=cuda: FASTGEN_CUDA_LIBRARY=/nonexistent/libfastgen_cuda.so"
