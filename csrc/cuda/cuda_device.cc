@@ -450,6 +450,7 @@ void CudaDevice::LaunchSample(int32_t rows) {
   args.results = decode_space_.results.on_device<StepResult>();
   args.step = decode_space_.step.as<int32_t>();
   args.workspace = decode_space_.sample.as<>();
+  args.overlap = !RunsPersistent(rows);  // a cooperative kernel is waited for
   Check(Sample(args, stream_), "launching the choice of tokens");
 }
 

@@ -155,6 +155,9 @@ struct SampleArgs {
   StepResult* results = nullptr;  // [max_steps, rows], mapped host memory
   int32_t* step = nullptr;        // number of the step; the kernel adds 1 at its end
   void* workspace = nullptr;      // SampleWorkspaceBytes(rows, vocab), zero before the first call
+  // As for Linear. The kernel before may write all of this but row_list, and of slots what a step
+  // changes: length, finished, tokens.
+  bool overlap = false;
 };
 size_t SampleWorkspaceBytes(int32_t rows, int32_t vocab);
 cudaError_t Sample(const SampleArgs& args, cudaStream_t stream);

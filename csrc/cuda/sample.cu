@@ -1,35 +1,60 @@
-// From logits to tokens. A cluster of eight blocks works on a row where there are clusters, else a
-// block. No result depends on how the row is divided: maxima and sums are of whole numbers.
+// From logits to tokens. A cluster of blocks works on a row where there are clusters, else a block.
+// No result depends on how the row is divided: maxima and sums are of whole numbers.
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/sample_group.h"
+#include "cuda/sample_filter.h"
+#include "cuda/sample_softmax.h"
 
 namespace fastgen {
 namespace cuda {
 namespace {
 
+// In one thread of a row; the token is -1 where there is none.
+struct Chosen {
+  int32_t token;
+  float score;
+};
+
 // Says what a row came to, by one thread; the last row of the step counts the step.
-__device__ void Report(const SampleArgs& args, int32_t row, int32_t step, int32_t token,
-                       float score, int32_t finished) {
+__device__ void Report(const SampleArgs& args, int32_t row, int32_t step, const Chosen& chosen,
+                       int32_t finished) {
   auto* const arrived = static_cast<int32_t*>(args.workspace);
   const bool last = atomicAdd(arrived, 1) == args.rows - 1;
-  volatile StepResult* const result = args.results + static_cast<int64_t>(step) * args.rows + row;
-  result->token = token;
-  result->score = score;
-  result->finished = finished;
+  StepResult* const result = args.results + static_cast<int64_t>(step) * args.rows + row;
+#if FASTGEN_ARCH_HAS_EXCHANGE && CUDART_VERSION >= 12030
+  // All of it in one store, so that `ready` is not there without the rest.
+  asm volatile(
+      "{\n"
+      ".reg .b64 low, high;\n"
+      ".reg .b128 whole;\n"
+      "mov.b64 low, {%1, %2};\n"
+      "mov.b64 high, {%3, %4};\n"
+      "mov.b128 whole, {low, high};\n"
+      "st.relaxed.sys.global.b128 [%0], whole;\n"
+      "}\n" ::"l"(result),
+      "r"(chosen.token), "f"(chosen.score), "r"(finished), "r"(step + 1)
+      : "memory");
+#else
+  volatile StepResult* const fields = result;
+  fields->token = chosen.token;
+  fields->score = chosen.score;
+  fields->finished = finished;
   __threadfence_system();
-  result->ready = step + 1;
+  fields->ready = step + 1;
+#endif
   if (last) {
     *arrived = 0;
     *args.step = step + 1;
   }
 }
 
-// Appends a token to the row's sequence.
-__device__ void Append(const SampleArgs& args, int32_t row, const Slot& before, int32_t slot_index,
-                       int32_t step, int32_t token, float score) {
+// Appends a token to the row's sequence; returns whether that ends it.
+__device__ int32_t Append(const SampleArgs& args, const Slot& before, int32_t slot_index,
+                          int32_t token) {
   Slot* const slot = args.slots + slot_index;
   const int32_t new_tokens = before.length - before.prompt_length;
   const int32_t finished =
@@ -37,272 +62,321 @@ __device__ void Append(const SampleArgs& args, int32_t row, const Slot& before, 
   before.tokens[before.length] = token;
   slot->length = before.length + 1;
   slot->finished = finished;
-  Report(args, row, step, token, score, finished);
+  return finished;
 }
 
-// Reads what a step needs to know of its row; by one warp, while the others read the logits.
+// What no kernel writes of a row's slot, by one warp, before the kernels before have ended. Past
+// the first-level cache, where the rest of the line would be found stale afterwards.
 template <typename Shared>
-__device__ void LoadState(const SampleArgs& args, int32_t row, int lane, Shared* s) {
+__device__ void LoadSlot(const SampleArgs& args, int32_t row, int lane, Shared* s) {
+  constexpr int kWords = sizeof(Slot) / sizeof(uint32_t);
+  static_assert(sizeof(Slot) % sizeof(uint32_t) == 0 && kWords <= 32, "a lane takes a word");
+  const int32_t index = __ldcg(&args.row_list[row].slot);
+  if (lane == 0) s->slot_index = index;
+  if (index >= 0 && lane < kWords) {
+    reinterpret_cast<uint32_t*>(&s->slot)[lane] =
+        __ldcg(reinterpret_cast<const uint32_t*>(args.slots + index) + lane);
+  }
+  __syncwarp();
+}
+
+// What the step before has left.
+template <typename Shared>
+__device__ void LoadState(const SampleArgs& args, int lane, Shared* s) {
   if (lane != 0) return;
-  s->step = *args.step;
-  s->slot_index = args.row_list[row].slot;
+  s->step = __ldcg(args.step);
+  s->bound = 0;
+  s->own_count = 0;
   if (s->slot_index < 0) return;
-  s->slot = args.slots[s->slot_index];
-  const SamplingParams& params = s->slot.sampling;
-  s->draw = Draw(params.seed, params.sequence,
-                 static_cast<uint32_t>(s->slot.length - s->slot.prompt_length));
+  s->slot.length = __ldcg(&args.slots[s->slot_index].length);
+  s->slot.finished = __ldcg(&args.slots[s->slot_index].finished);
 }
 
-__device__ void CopyLogits(const float* from, float* to, int32_t count, int thread, int threads) {
-  int32_t i = 0;
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0) {
-    const int32_t vectors = count / 4;
-#pragma unroll 4
-    for (int32_t v = thread; v < vectors; v += threads) {
-      reinterpret_cast<float4*>(to)[v] = reinterpret_cast<const float4*>(from)[v];
-    }
-    i = vectors * 4;
-  }
-  for (i += thread; i < count; i += threads) to[i] = from[i];
-}
-
-// The largest logit and the smallest of its ids, as a number that is larger for what wins; 0 if all
-// is NaN.
-template <typename Group>
-__device__ uint64_t BestOfWarp(const Group& group, const float* logits) {
-  float best = 0.0f;
-  int32_t id = -1;
-#pragma unroll 4
-  for (int32_t i = group.warp_begin + group.lane; i < group.warp_end; i += 32) {
-    const float logit = logits[i];
-    if (logit > best || (id < 0 && logit == logit)) {
-      best = logit;
-      id = group.id_begin + i;
-    }
-  }
-  const uint64_t number = static_cast<uint64_t>(OrderOf(best)) << 32 | static_cast<uint32_t>(~id);
-  return MaxOverWarp(id < 0 ? 0 : number);
-}
-
-// The softmax of a row before it is divided by its sum.
-struct Softmax {
-  Divider by_temperature;
-  bool plain;  // the temperature is 1
-  float shift;
-
-  __device__ Softmax(float temperature, float largest)
-      : by_temperature(temperature),
-        plain(temperature == 1.0f),
-        shift(plain ? largest : by_temperature(largest)) {}
-  __device__ float operator()(float logit) const {
-    return ExpOf((plain ? logit : by_temperature(logit)) - shift);
-  }
-  // The same of several, without a branch for each.
-  __device__ void Apply(float (&logits)[kBatch]) const {
-    if (!plain) {
-      bool inside = true;
-      float quotients[kBatch];
-      for (int j = 0; j < kBatch; ++j) {
-        quotients[j] = by_temperature.Inside(logits[j]);
-        inside = inside && by_temperature.IsInside(logits[j]);
-      }
-      if (!inside) {
-        for (int j = 0; j < kBatch; ++j) quotients[j] = by_temperature(logits[j]);
-      }
-      for (int j = 0; j < kBatch; ++j) logits[j] = quotients[j];
-    }
-    for (int j = 0; j < kBatch; ++j) logits[j] = ExpOf(logits[j] - shift);
-  }
-};
-
-// Adds numbers in [0, 1] up as whole numbers of 1 / scale.
-struct Adder {
-  float scale;
-  uint64_t sum;
-  bool no_sum;
-
-  __device__ void Add(float value) {
-    sum += __float2ull_rn(value * scale);
-    no_sum |= !(value <= 1.0f);
-  }
-  __device__ uint64_t OfWarp() const {
-    return __any_sync(kAllLanes, no_sum) ? kNoSum : SumOverWarp(sum);
-  }
-};
-
-// kShared: logits lie in shared memory, and so do exponentials; else they are read again from
-// device memory and computed again.
-template <int kParts, int kThreads, bool kShared>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    SampleKernel(SampleArgs args, int32_t chunk, float sum_scale) {
+// Of processed logits, by s.slot's options. `seen` is what the thread has seen of its share.
+template <int kParts, int kThreads, Storage kStorage>
+__device__ __forceinline__ Chosen Choose(Group<kParts, kThreads>& group, const float* logits,
+                                         float* exps, int32_t chunk, int32_t vocab, MassScale scale,
+                                         const Seen& seen, const Sharing& sharing) {
   using RowGroup = Group<kParts, kThreads>;
+  using Exps = Exponentials<kStorage>;
+  using RowFilter = Filter<kParts, kThreads, Exps>;
+  constexpr Chosen kNotHere = {-1, 0.0f};
+  auto& s = group.s;
+  const int32_t begin = group.id_begin;
+  const SamplingParams& params = s.slot.sampling;
+  const bool use_k = params.top_k > 0 && params.top_k < vocab;
+  const bool use_p = params.top_p > 0.0f && params.top_p < 1.0f;
+  const uint32_t k = use_k ? static_cast<uint32_t>(params.top_k) : 0xFFFFFFFFu;
+  const bool few_wanted = params.sample != 0 && k <= RowGroup::kMostBounded;
+
+  const bool spread_bounds = few_wanted && k > RowGroup::kFewest;
+
+  // The best token is looked for only where it may be chosen: in greedy search, and where there
+  // turns out to be no distribution, in a second round.
+  group.exchange.WaitForStart();
+  Best best;
+  float largest;
+  bool is_distribution = false;
+  bool find_token = params.sample == 0;
+  const uint32_t order = group.thread < sharing.threads ? OrderOf(seen.largest) : 0;
+  for (uint64_t* entries = s.best;; entries = s.masses) {
+    const uint32_t order_of_warp = MaxOverWarp(order);
+    Find find = {order, find_token ? -1 : 0};
+    if (find_token && order != 0 && order == order_of_warp) {
+      ForEachLogit(logits, sharing, group.thread, find);  // who has the warp's best
+    }
+    __syncwarp();
+    const uint64_t best_of_warp =
+        group.BestOfWarp(order, find.found < 0 ? -1 : begin + find.found, seen.any_nan);
+    group.exchange.Announce(RowGroup::kSpreadBytes +
+                            (spread_bounds ? RowGroup::kSpreadBytes / 2 : 0));
+    group.Spread(entries, best_of_warp);
+    if (spread_bounds) {
+      group.Spread(s.bounds,
+                   group.BoundOf(best_of_warp, group.part * RowGroup::kWarps + group.warp));
+    }
+    if (!find_token && group.warp == RowGroup::kWarps - 1) {
+      s.draw = Draw(params.seed, params.sequence,
+                    static_cast<uint32_t>(s.slot.length - s.slot.prompt_length));
+    }
+    group.exchange.Wait();
+    best = group.BestOf(entries);
+    largest = best.order == 0 ? kMinusInfinity : LogitOf(best.order);
+    const float scaled = params.temperature == 1.0f ? largest : largest / params.temperature;
+    is_distribution = !best.any_nan && fabsf(largest) <= FLT_MAX && fabsf(scaled) <= FLT_MAX;
+    if (find_token || is_distribution) break;
+    find_token = true;
+  }
+  Chosen chosen = kNotHere;
+  if (find_token) {
+    if (group.thread == 0 && best.token >= begin && best.token < begin + sharing.count) {
+      chosen = {best.token, logits[best.token - begin]};
+    }
+    if (!params.sample) return chosen;
+    if (best.any_nan || !(fabsf(largest) <= FLT_MAX)) {  // it has no score
+      chosen.score = __int_as_float(0x7FC00000);
+      return chosen;
+    }
+  }
+
+  float listed_from = __int_as_float(0x7F800000);
+  if (few_wanted && is_distribution) {
+    uint32_t bound;
+    if (spread_bounds) {
+      group.FindBound(k);
+      __syncthreads();
+      bound = s.bound;
+    } else {
+      bound = group.FindBoundOfFewest(s.best, k);
+    }
+    listed_from = kMasked;  // what is lower has no probability
+    if (bound > OrderOf(kMasked)) {
+      // Lower ones may have the same probability.
+      const float logit = LogitOf(bound);
+      listed_from = logit - (fabsf(logit) * 1e-6f + params.temperature * 4e-6f);
+    }
+  }
+  Exps source = {logits, exps, Softmax(params.temperature, largest), scale, 0.0f};
+  const Softmax& softmax = source.softmax;
+  const uint32_t sum_bytes =
+      AddUp<kStorage>(group, logits, exps, softmax, largest, listed_from, scale);
+  uint64_t total = 0, limit = 0;
+  const auto find_limit = [&] {
+    total = group.SumOf(s.sums);
+    source.sum = static_cast<float>(SumOfMass(total, scale));
+    limit = use_p ? PartOf(total, params.top_p) : uint64_t{1} << 63;
+    return limit;
+  };
+  const auto log_sum = [&] {
+    return LogOfSum(largest, softmax.plain ? total : group.SumOf(s.plain_sums), scale);
+  };
+  if (!is_distribution) {  // the best has a score all the same
+    group.exchange.Announce(sum_bytes);
+    group.exchange.Wait();
+    find_limit();
+    chosen.score -= log_sum();
+    return chosen;
+  }
+
+  // In the same round goes what the filters need to know first: the few that may be among the first
+  // k, or a histogram.
+  const RowFilter filter(group, source, chunk);
+  Cut cut = {0, kAllTokens};
+  typename RowFilter::Candidates candidates = {0, 0, 0, {0, 0}};
+  bool few = false;  // all that is kept is among those listed
+  if (few_wanted) {
+    few = filter.HandOut(&candidates.count, sum_bytes) && candidates.count <= kFew;
+    if (few) {
+      if (group.part != 0) return kNotHere;
+      find_limit();
+      const Listed drawn = filter.DrawFromListed(candidates.count, k, limit, s.draw, [&] {
+        if (group.warp == RowGroup::kWarps - 1) s.log_sum = log_sum();
+      });
+      return {drawn.token, drawn.logit - s.log_sum};
+    }
+  }
+  const uint64_t* masses = s.sums;
+  const auto parts_of = [&](int32_t i, float exp) {
+    return MassPartsOf(cut.Keeps(__float_as_uint(exp), begin + i) ? exp : 0.0f, scale);
+  };
+  float sum_log = 0.0f;
+  if (use_k || use_p) {
+    // All tokens below the floor together have less than half of what lies beyond top_p, as the sum
+    // of exponentials is 1 or more. The margin dwarfs what rounding makes of it.
+    const float beyond = 1.0f - params.top_p - 1e-5f;
+    const float floor = use_p && beyond > 0.0f ? 0.5f * beyond / static_cast<float>(vocab) : 0.0f;
+    candidates = filter.FindCut(floor, k, find_limit, use_p, few_wanted ? 0 : sum_bytes, &cut);
+    if (candidates.count > 0) {
+      filter.TakeFew(candidates);
+      __syncthreads();
+      cut = filter.RankFew(candidates, k, limit);
+    }
+    uint64_t mass = 0;
+    group.ForEachOwn([&](int32_t i) {
+      float values[kBatch];
+      source.Exps(i, group.warp_end, values);
+      MassParts parts = {0, 0};
+      for (int j = 0; j < kBatch; ++j) parts.Add(parts_of(i + j, values[j]));
+      mass += parts.Whole(scale);
+    });
+    group.exchange.Announce(RowGroup::kSpreadBytes);
+    group.Spread(s.masses, SumOverWarp(mass));
+    sum_log = log_sum();
+    group.exchange.Wait();
+    masses = s.masses;
+  } else {
+    group.exchange.Announce(sum_bytes);
+    group.exchange.Wait();
+    find_limit();
+    sum_log = log_sum();
+    __syncthreads();  // for the draw
+  }
+  const uint64_t target = TargetOf(group.SumOf(masses), s.draw);
+  const typename RowGroup::Place place = group.FindPlace(masses, target);
+  if (!group.IsMine(place.entry)) return kNotHere;
+
+  // This warp has the token, in one of its tiles.
+  uint64_t running = place.before;
+#pragma unroll 1
+  for (int32_t tile = group.warp_begin; tile < group.warp_end; tile += kTile) {
+    const int32_t i = tile + group.lane * kBatch;
+    float values[kBatch] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (i < group.warp_end) source.Exps(i, group.warp_end, values);
+    MassParts parts = {0, 0};
+    for (int j = 0; j < kBatch; ++j) parts.Add(parts_of(i + j, values[j]));
+    const uint64_t own = parts.Whole(scale);
+    uint64_t scan = running + ScanOverWarp(own, group.lane);
+    running = __shfl_sync(kAllLanes, scan, 31);
+    if (running <= target) continue;
+    scan -= own;
+    if (scan > target || scan + own <= target) return kNotHere;
+    int j = 0;
+    for (; j < kBatch - 1; ++j) {
+      scan += parts_of(i + j, values[j]).Whole(scale);
+      if (scan > target) break;
+    }
+    return {begin + i + j, logits[i + j] - sum_log};
+  }
+  return kNotHere;
+}
+
+struct SampleWork {
+  SampleArgs args;
+  int32_t chunk;  // ids of a block
+  MassScale scale;
+};
+
+template <int kParts, int kThreads, Storage kStorage>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) SampleKernel(const SampleWork work) {
+  using RowGroup = Group<kParts, kThreads>;
+  constexpr bool kShared = kStorage != Storage::kNone;
   __shared__ typename RowGroup::Shared s;
   extern __shared__ float4 chunk_memory[];
+  const SampleArgs& args = work.args;
   const auto row = static_cast<int32_t>(blockIdx.x) / kParts;
   const int32_t part = static_cast<int32_t>(blockIdx.x) % kParts;
   const auto begin = static_cast<int32_t>(
-      min(static_cast<int64_t>(part) * chunk, static_cast<int64_t>(args.vocab)));
-  const int32_t count = min(chunk, args.vocab - begin);
+      min(static_cast<int64_t>(part) * work.chunk, static_cast<int64_t>(args.vocab)));
+  const int32_t count = min(work.chunk, args.vocab - begin);
   RowGroup group(s, begin, count);
   float* const row_logits = args.logits + row * args.ld + begin;
   float* const logits = kShared ? reinterpret_cast<float*>(chunk_memory) : row_logits;
-  float* const exps = reinterpret_cast<float*>(chunk_memory) + chunk;
+  float* const exps = reinterpret_cast<float*>(chunk_memory) + work.chunk;
 
-  if (group.warp == RowGroup::kWarps - 1) {
-    LoadState(args, row, group.lane, &s);
+  LetNextGridStart();
+  group.exchange.Start();
+  const bool loads_state = group.warp == RowGroup::kWarps - 1;
+  if (loads_state) LoadSlot(args, row, group.lane, &s);
+  WaitForGrid();
+  Sharing sharing = {count, kThreads - 32,
+                     reinterpret_cast<uintptr_t>(row_logits) % sizeof(float4) == 0};
+  Copy copy = {logits, {kMinusInfinity, false}};
+  if (loads_state) {
+    LoadState(args, group.lane, &s);
   } else if (kShared) {
-    CopyLogits(row_logits, logits, count, group.thread, kThreads - 32);
+    ForEachLogit(row_logits, sharing, group.thread, copy);
+    if (group.thread < kBatch && count % kBatch != 0 && count % kBatch + group.thread < kBatch) {
+      logits[count + group.thread] = kMinusInfinity;  // up to whole batches
+    }
   }
   __syncthreads();
-  if (s.slot_index < 0 || s.slot.finished) {
-    if (part == 0 && group.thread == 0) Report(args, row, s.step, -1, 0.0f, 1);
-    return;
-  }
-  ArriveAtGroup<kParts>();  // nothing is stored in a block before it runs
-  ProcessLogits(s.slot, logits, begin, count, s.histogram[0], 3 * kBuckets);
-  const uint64_t best_of_warp = BestOfWarp(group, logits);
-  WaitForGroup<kParts>();
-  group.Spread(s.best, best_of_warp);
-  SyncGroup<kParts>();
-  const uint64_t best = group.MaxOf(s.best);
-  const int32_t best_token = best == 0 ? 0 : static_cast<int32_t>(~static_cast<uint32_t>(best));
-  const bool has_best = group.thread == 0 && best_token >= begin && best_token < begin + count;
-  const SamplingParams& params = s.slot.sampling;
-  const auto append = [&](int32_t token, float score) {
-    Append(args, row, s.slot, s.slot_index, s.step, token, score);
-  };
-  if (!params.sample) {
-    if (has_best) append(best_token, logits[best_token - begin]);
-    return;
-  }
-
-  const float largest =
-      best == 0 ? __int_as_float(0xFF800000) : LogitOf(static_cast<uint32_t>(best >> 32));
-  const Softmax softmax(params.temperature, largest);
-  Adder sum = {sum_scale, 0, false};
-  Adder plain_sum = {sum_scale, 0, false};
-  for (int32_t first = group.warp_begin + group.lane; first < group.warp_end;
-       first += 32 * kBatch) {
-    const auto has = [&](int j) { return first + 32 * j < group.warp_end; };
-    float values[kBatch];
-    for (int j = 0; j < kBatch; ++j) values[j] = has(j) ? logits[first + 32 * j] : largest;
-    softmax.Apply(values);
-    for (int j = 0; j < kBatch; ++j) {
-      sum.Add(has(j) ? values[j] : 0.0f);
-      if (kShared && has(j)) exps[first + 32 * j] = values[j];
+  Chosen chosen = {-1, 0.0f};
+  const bool idle = s.slot_index < 0 || s.slot.finished != 0;
+  if (!idle) {
+    const bool has_processors = HasProcessors(s.slot);
+    if (has_processors) {
+      ProcessLogits(s.slot, logits, begin, count, s.histogram, 3 * kBuckets);
     }
-    if (softmax.plain) continue;
-    for (int j = 0; j < kBatch; ++j) values[j] = has(j) ? logits[first + 32 * j] : largest;
-    for (int j = 0; j < kBatch; ++j) {
-      plain_sum.Add(has(j) ? ExpOf(values[j] - largest) : 0.0f);
+    if (has_processors || !kShared) {
+      sharing.threads = kThreads;
+      Look look = {{kMinusInfinity, false}};
+      ForEachLogit(logits, sharing, group.thread, look);
+      copy.seen = look.seen;
     }
+    chosen = Choose<kParts, kThreads, kStorage>(group, logits, exps, work.chunk, args.vocab,
+                                                work.scale, copy.seen, sharing);
   }
-  group.Spread(s.sums, sum.OfWarp());
-  if (!softmax.plain) group.Spread(s.plain_sums, plain_sum.OfWarp());
-  SyncGroup<kParts>();
-  const uint64_t total = group.SumOf(s.sums);
-  const auto score_of = [&](int32_t token, uint64_t plain_total) {
-    if (plain_total == kNoSum) return __int_as_float(0x7FC00000);
-    const double sum_of_exps = static_cast<double>(plain_total) / static_cast<double>(sum_scale);
-    const auto log_sum = static_cast<float>(static_cast<double>(largest) + log(sum_of_exps));
-    return logits[token - begin] - log_sum;
-  };
-  if (total == kNoSum) {  // no distribution
-    const uint64_t plain_total = group.SumOf(softmax.plain ? s.sums : s.plain_sums);
-    if (has_best) append(best_token, score_of(best_token, plain_total));
-    return;
+  int32_t finished = 1;
+  if (chosen.token >= 0) finished = Append(args, s.slot, s.slot_index, chosen.token);
+  if (chosen.token >= 0 || (idle && part == 0 && group.thread == 0)) {
+    Report(args, row, s.step, chosen, finished);
   }
-
-  const Divider by_sum(
-      static_cast<float>(static_cast<double>(total) / static_cast<double>(sum_scale)));
-  const auto prob_of = [&](int32_t i) {
-    return by_sum.Inside(kShared ? exps[i] : softmax(logits[i]));
-  };
-  const bool use_k = params.top_k > 0 && params.top_k < args.vocab;
-  const bool use_p = params.top_p > 0.0f && params.top_p < 1.0f;
-  Cut cut = {0, kAllTokens};
-  if (use_k || use_p) {
-    // All tokens below the floor together have less than half of what lies beyond top_p. The margin
-    // dwarfs what rounding makes of the sum of probabilities.
-    const float beyond = 1.0f - params.top_p - 1e-5f;
-    const float floor =
-        use_p && beyond > 0.0f ? 0.5f * beyond / static_cast<float>(args.vocab) : 0.0f;
-    const uint64_t limit = use_p ? static_cast<uint64_t>(__float2ull_rd(params.top_p * kMassScale))
-                                 : uint64_t{1} << 63;
-    cut = group.FindCut(prob_of, use_k ? static_cast<uint32_t>(params.top_k) : 0xFFFFFFFFu, limit,
-                        use_p, floor);
-  }
-
-  const auto mass_of = [&](int32_t i) {
-    const float prob = prob_of(i);
-    return cut.Keeps(prob, begin + i) ? MassOf(prob) : 0;
-  };
-  uint64_t mass = 0;
-#pragma unroll 2
-  for (int32_t i = group.warp_begin + group.lane; i < group.warp_end; i += 32) mass += mass_of(i);
-  group.Spread(s.masses, SumOverWarp(mass));
-  SyncGroup<kParts>();
-  const uint64_t kept = group.SumOf(s.masses);
-  // A running sum is above draw * kept / 2^32 when it is above its whole part.
-  const uint64_t target = __umul64hi(kept, s.draw) << 32 | kept * s.draw >> 32;
-  const typename RowGroup::Place place = group.FindPlace(s.masses, target);
-  if (!group.IsMine(place.entry)) return;
-  // This warp has the token: each lane takes a piece of its stretch.
-  const int32_t piece = group.stretch / 32;
-  const int32_t piece_begin = min(group.warp_begin + group.lane * piece, group.warp_end);
-  const int32_t piece_end = min(piece_begin + piece, group.warp_end);
-  uint64_t piece_mass = 0;
-  for (int32_t i = piece_begin; i < piece_end; ++i) piece_mass += mass_of(i);
-  uint64_t running = place.before + ScanOverWarp(piece_mass, group.lane);
-  const uint64_t plain_total = group.SumOf(softmax.plain ? s.sums : s.plain_sums);
-  if (running <= target || running - piece_mass > target) return;
-  running -= piece_mass;
-  int32_t i = piece_begin;
-  for (; i < piece_end; ++i) {
-    running += mass_of(i);
-    if (running > target) break;
-  }
-  append(begin + i, score_of(begin + i, plain_total));
 }
 
-#if FASTGEN_CUDA_HAS_CLUSTERS
-constexpr int kClusterParts = 8;
+template <typename Kernel>
+cudaError_t LaunchRows(Kernel kernel, const SampleArgs& args, int32_t parts, int32_t threads,
+                       int32_t chunk, MassScale scale, size_t bytes, cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.rows) * static_cast<unsigned>(parts));
+  shape.threads = threads;
+  shape.shared_bytes = bytes;
+  shape.cluster = parts;
+  shape.overlap = args.overlap;
+  return Launch(kernel, shape, stream, SampleWork{args, chunk, scale});
+}
+
+#if FASTGEN_CUDA_HAS_EXCHANGE
 constexpr int kClusterThreads = 512;
 
-// Whether the device, and what this was compiled to for it, has clusters.
-template <typename Kernel>
-cudaError_t AskForClusters(Kernel kernel, bool* has, int* shared_bytes) {
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
+// Launches clusters of kParts blocks if the device, and what this was compiled to for it, has them,
+// and if their shared memory holds what it should.
+template <int kParts, Storage kStorage>
+cudaError_t TryClusters(const SampleArgs& args, MassScale scale, const DeviceLimits& limits,
+                        cudaStream_t stream, bool* launched) {
+  const auto kernel = SampleKernel<kParts, kClusterThreads, kStorage>;
   cudaFuncAttributes attributes;
-  status = cudaFuncGetAttributes(&attributes, kernel);
+  const cudaError_t status =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   if (status != cudaSuccess) return status;
-  *has = attributes.ptxVersion >= 90;
-  *shared_bytes -= static_cast<int>(attributes.sharedSizeBytes);
-  return cudaSuccess;
-}
-
-template <typename Kernel>
-cudaError_t LaunchClusters(Kernel kernel, const SampleArgs& args, int32_t chunk, float sum_scale,
-                           size_t bytes, cudaStream_t stream) {
-  const cudaError_t status = AllowSharedBytes(reinterpret_cast<const void*>(kernel), bytes);
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kClusterParts;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(args.rows) * kClusterParts);
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args, chunk, sum_scale);
+  const int64_t share = (static_cast<int64_t>(args.vocab) + kParts - 1) / kParts;
+  const int64_t chunk = (share + kBatch - 1) / kBatch * kBatch;
+  constexpr int kArrays = kStorage == Storage::kBoth ? 2 : kStorage == Storage::kLogits ? 1 : 0;
+  const int64_t bytes = chunk * kArrays * static_cast<int64_t>(sizeof(float));
+  *launched = attributes.ptxVersion >= 90 &&
+              bytes + static_cast<int64_t>(attributes.sharedSizeBytes) <= limits.shared_bytes;
+  if (!*launched) return cudaSuccess;
+  return LaunchRows(kernel, args, kParts, kClusterThreads, static_cast<int32_t>(chunk), scale,
+                    static_cast<size_t>(bytes), stream);
 }
 #endif
 
@@ -312,31 +386,30 @@ size_t SampleWorkspaceBytes(int32_t /*rows*/, int32_t /*vocab*/) { return 16; }
 
 cudaError_t Sample(const SampleArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  // A sum of `vocab` numbers up to 1 stays below 2^63.
-  float sum_scale = kMassScale;
-  for (int64_t largest = 1; largest < args.vocab; largest *= 2) sum_scale *= 0.5f;
+  // A sum of `vocab` masses stays below 2^63.
+  MassScale scale = {0.0f, 62};
+  for (int64_t largest = 1; largest < args.vocab; largest *= 2) --scale.bits;
+  scale.bits = std::min(scale.bits, 46);
+  scale.factor = std::ldexp(1.0f, scale.bits);
 
-#if FASTGEN_CUDA_HAS_CLUSTERS
-  const auto shared_kernel = SampleKernel<kClusterParts, kClusterThreads, true>;
-  bool has_clusters = false;
-  int shared_bytes = 0;
-  const cudaError_t status = AskForClusters(shared_kernel, &has_clusters, &shared_bytes);
+#if FASTGEN_CUDA_HAS_EXCHANGE
+  DeviceLimits limits;
+  cudaError_t status = GetDeviceLimits(&limits);
   if (status != cudaSuccess) return status;
-  if (has_clusters) {
-    const int64_t share = (static_cast<int64_t>(args.vocab) + kClusterParts - 1) / kClusterParts;
-    const auto chunk = static_cast<int32_t>((share + 3) / 4 * 4);  // whole vectors of 16 bytes
-    const size_t bytes = 2 * sizeof(float) * static_cast<size_t>(chunk);
-    if (static_cast<int64_t>(bytes) <= shared_bytes) {
-      return LaunchClusters(shared_kernel, args, chunk, sum_scale, bytes, stream);
-    }
-    return LaunchClusters(SampleKernel<kClusterParts, kClusterThreads, false>, args, chunk,
-                          sum_scale, 0, stream);
+  bool launched = false;
+  // Many rows: fewer blocks for each, so that all run at once, two on a multiprocessor.
+  if (args.rows * 8 > limits.multiprocessors * 2) {
+    status = TryClusters<4, Storage::kLogits>(args, scale, limits, stream, &launched);
+    if (launched || status != cudaSuccess) return status;
   }
+  status = TryClusters<8, Storage::kBoth>(args, scale, limits, stream, &launched);
+  if (launched || status != cudaSuccess) return status;
+  status = TryClusters<8, Storage::kNone>(args, scale, limits, stream, &launched);
+  if (launched || status != cudaSuccess) return status;
 #endif
   constexpr int kBlockThreads = 1024;
-  SampleKernel<1, kBlockThreads, false>
-      <<<static_cast<unsigned>(args.rows), kBlockThreads, 0, stream>>>(args, args.vocab, sum_scale);
-  return cudaGetLastError();
+  return LaunchRows(SampleKernel<1, kBlockThreads, Storage::kNone>, args, 1, kBlockThreads,
+                    args.vocab, scale, 0, stream);
 }
 
 }  // namespace cuda

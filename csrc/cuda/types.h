@@ -86,8 +86,9 @@ struct CacheLayout {
   int32_t head_stride = 0;  // head_size rounded up to kAlign bytes; the rest is zero
 };
 
-// What a decode step says of one row; written to memory that the host reads.
-struct StepResult {
+// What a decode step says of one row; written to memory that the host reads, by one store where the
+// device can.
+struct alignas(16) StepResult {
   int32_t token;  // -1: the sequence had ended before
   float score;
   int32_t finished;

@@ -1,12 +1,15 @@
 """Times the sampling kernel: `python -m tests.cuda.bench_sample [vocab]`, microseconds per step.
 
-Steps are replayed from a CUDA graph with results in pinned host memory, as in generation. Bytes are
-those of the logits, which a decode step leaves in the L2 cache.
+Steps are replayed from a CUDA graph with results in pinned host memory, as in generation; the
+logits are in the L2 cache, where a decode step leaves them. FASTGEN_CUDA_OPS_OLD names a second
+library, whose figures are put before.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +34,11 @@ def random_weights(rng: np.random.Generator, vocab: int) -> Array:
     return rng.normal(size=vocab).astype(np.float32)
 
 
-def microseconds(library: ops.Library, rows: Rows, pinned: bool) -> float:
-    """Median time of a step."""
+def microseconds(library: ops.Library, rows: Rows, overlap: bool) -> float:
+    """Median time of a step; with `overlap` each may start before the one before it has ended."""
     arguments = rows.arguments(library)
-    results = torch.zeros((STEPS, rows.count, 4), dtype=torch.int32)
-    results = results.pin_memory() if pinned else results.cuda()
+    arguments.overlap = overlap
+    results = torch.zeros((STEPS, rows.count, 4), dtype=torch.int32).pin_memory()
     arguments.results = results.data_ptr()
     slots, step = rows.slots._tensor, rows.step._tensor
     first_slots, first_step = slots.clone(), step.clone()
@@ -65,43 +68,49 @@ def microseconds(library: ops.Library, rows: Rows, pinned: bool) -> float:
     # For the next measurement: the sequences have room for so many steps.
     slots.copy_(first_slots)
     step.copy_(first_step)
-    assert bool((results[..., 3].cpu() == torch.arange(1, STEPS + 1)[:, None]).all())
+    assert bool((results[..., 3] == torch.arange(1, STEPS + 1)[:, None]).all())
     return float(np.median(times))
 
 
 def bench(vocab: int = 50257) -> None:
     """Prints the table."""
-    library = ops.Library()
+    libraries = {"new": ops.Library()}
+    old = os.environ.get("FASTGEN_CUDA_OPS_OLD")
+    if old:
+        libraries = {"old": ops.Library(Path(old)), **libraries}
     greedy = GenerationOptions(decode_strategy="greedy_search", eos_token_id=-1, max_length=1000)
-    chosen: dict[str, tuple[Any, int]] = {
-        "greedy": (greedy, 8),
-        "sampling": (sampling(max_length=1000), 8),
-        "temperature 0.8": (sampling(temperature=0.8, max_length=1000), 8),
-        "top_k 50": (sampling(top_k=50, max_length=1000), 8),
-        "top_p 0.9": (sampling(top_p=0.9, max_length=1000), 8),
-        "top_k 50, top_p 0.9, 0.8": (
-            sampling(top_k=50, top_p=0.9, temperature=0.8, max_length=1000),
-            8,
+    chosen: dict[str, tuple[Any, int]] = {"greedy": (greedy, 8)}
+    for name, options in {
+        "no filter": {},
+        "temperature 0.8": {"temperature": 0.8},
+        "top_k 4": {"top_k": 4},
+        "top_k 50": {"top_k": 50},
+        "top_k 1000": {"top_k": 1000},
+        "top_p 0.9": {"top_p": 0.9},
+        "top_k 4, top_p 0.9": {"top_k": 4, "top_p": 0.9},
+        "top_k 50, top_p 0.9, 0.8": {"top_k": 50, "top_p": 0.9, "temperature": 0.8},
+    }.items():
+        chosen[name] = (sampling(max_length=1000, **options), 8)
+    chosen["the same, all processors"] = (
+        sampling(
+            top_k=50,
+            top_p=0.9,
+            temperature=0.8,
+            repetition_penalty=1.2,
+            no_repeat_ngram_size=3,
+            min_length=900,
+            eos_token_id=0,
+            max_length=1000,
         ),
-        "the same, all processors": (
-            sampling(
-                top_k=50,
-                top_p=0.9,
-                temperature=0.8,
-                repetition_penalty=1.2,
-                no_repeat_ngram_size=3,
-                min_length=900,
-                eos_token_id=0,
-                max_length=1000,
-            ),
-            900,
-        ),
-    }
-    batches = (1, 8, 32, 64, 256)
-    print(f"us per step, vocabulary {vocab}; rows: {batches}; in brackets results on the device")
+        900,
+    )
+    batches = (1, 8, 64)
+    print(
+        f"us per step, vocabulary {vocab}; rows: {batches}; each one after the other, overlapping"
+    )
     for kind in (model_like, random_weights):
         for name, (options, length) in chosen.items():
-            cells = []
+            cells: dict[str, list[str]] = {which: [] for which in libraries}
             for batch in batches:
                 rng = np.random.default_rng(batch)
                 history = rng.integers(vocab, size=length).tolist()
@@ -109,9 +118,13 @@ def bench(vocab: int = 50257) -> None:
                     Case(kind(rng, vocab), options, history, length, 1, row) for row in range(batch)
                 ]
                 rows = Rows(cases, STEPS)
-                pinned, device = (microseconds(library, rows, where) for where in (True, False))
-                cells.append(f"{pinned:6.2f} ({device:6.2f})")
-            print(f"{kind.__name__:15} {name:26} {'  '.join(cells)}", flush=True)
+                for which, library in libraries.items():
+                    alone, overlapping = (microseconds(library, rows, on) for on in (False, True))
+                    cells[which].append(f"{alone:6.2f} {overlapping:6.2f}")
+            for which in libraries:
+                print(
+                    f"{kind.__name__:15} {name:26} {which}  {'   '.join(cells[which])}", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ class SampleArgs(ctypes.Structure):
         ("results", _ptr),
         ("step", _ptr),
         ("workspace", _ptr),
+        ("overlap", ctypes.c_bool),
     ]
 
 

@@ -68,6 +68,18 @@ def draw_case(rng: np.random.Generator, vocab: int) -> Case:
     return Case(draw_logits(rng, vocab), options, history, prompt, seed, sequence % 2**32)
 
 
+def run_grouped(library: ops.Library, cases: list[Case]) -> tuple[Array, Array]:
+    """Tokens and scores of a step, which are the same bits in many rows and in few: those are
+    divided over more blocks each."""
+    tokens, scores, _ = run(library, cases)
+    for first in range(0, len(cases), 20):
+        group = slice(first, first + 20)
+        few_tokens, few_scores, _ = run(library, cases[group])
+        assert np.array_equal(few_tokens, tokens[group])
+        assert np.array_equal(few_scores.view(np.int32), scores[group].view(np.int32))
+    return tokens, scores
+
+
 def is_distribution(case: Case) -> bool:
     """Whether the rules know what to do: temperature may push everything to -inf."""
     with np.errstate(over="ignore"):
@@ -81,7 +93,7 @@ def test_any_options(library: ops.Library, vocab: int) -> None:
     drawn = [draw_case(rng, vocab) for _ in range(200 if vocab > 10000 else 600)]
     cases = [case for case in drawn if is_distribution(case)]
     assert len(cases) > 0.9 * len(drawn)
-    tokens, scores, _ = run(library, cases)
+    tokens, scores = run_grouped(library, cases)
     same = [compare(*row) for row in zip(cases, tokens.tolist(), scores.tolist())]
     assert np.mean(same) > 0.985
 
@@ -110,6 +122,64 @@ def test_equals_at_the_border(library: ops.Library, vocab: int) -> None:
     for case, token in zip(cases, tokens):
         if case.options.top_k == 0 and vocab in (16, 4096):  # sums are exact
             assert token <= case.options.top_p * vocab
+
+
+def check(library: ops.Library, cases: list[Case], share: float = 0.985) -> None:
+    """All choices are the rules', but for so many that they are undecided in."""
+    tokens, scores = run_grouped(library, cases)
+    same = [compare(*row) for row in zip(cases, tokens.tolist(), scores.tolist())]
+    assert np.mean(same) > share
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "descending", "in one stretch", "rounded"])
+@pytest.mark.parametrize("vocab", [300, 5003, 50257])
+def test_any_number_of_candidates(library: ops.Library, vocab: int, kind: str) -> None:
+    """Wherever the likely tokens lie: over all blocks, in one, in one warp, among many equals."""
+    rng = np.random.default_rng(vocab)
+    cases = []
+    ks = (1, 2, 4, 15, 16, 17, 63, 64, 65, 200, 256, 257, 1000, 2048, 2049, vocab - 1, vocab)
+    for top_k in (0, *(k for k in ks if k <= vocab)):
+        for top_p in (1.0, 0.3, 0.9, 0.999999):
+            for sequence in range(3):
+                logits = np.sort(rng.normal(size=vocab) * 2)[::-1].astype(np.float32)
+                if kind == "in one stretch":
+                    logits[100:] -= 50.0
+                    logits = np.roll(logits, rng.integers(vocab))
+                elif kind == "rounded":
+                    logits = rng.permutation(np.round(logits * 8) / 8)
+                elif kind == "shuffled":
+                    logits = rng.permutation(logits)
+                options = sampling(top_k=top_k, top_p=top_p, temperature=rng.choice([1.0, 1.5]))
+                cases.append(Case(logits, options, seed=top_k, sequence=sequence))
+    check(library, cases)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 600, 50257])
+def test_few_tokens_are_possible(library: ops.Library, vocab: int) -> None:
+    """Fewer than k, the others having no probability at all."""
+    rng = np.random.default_rng(vocab)
+    cases = []
+    for possible in (1, 2, 3, 40):
+        for top_k in (0, 1, 2, 4, 50, 100):
+            for top_p in (1.0, 0.5):
+                logits = np.full(vocab, rng.choice([-np.inf, BANNED, -1000.0]), np.float32)
+                where = rng.permutation(vocab)[:possible]
+                logits[where] = rng.choice([0.0, 1.0, 5.0], size=where.size)
+                cases.append(Case(logits, sampling(top_k=top_k, top_p=top_p), sequence=top_k))
+    check(library, cases)
+
+
+@pytest.mark.parametrize("vocab", [5, 513, 50257])
+def test_all_tokens_are_alike(library: ops.Library, vocab: int) -> None:
+    """Top-k keeps them all, top-p the first."""
+    for value in (0.0, -1000.0, 77.7):
+        logits = np.full(vocab, value, np.float32)
+        kept = [Case(logits, sampling(top_k=3), sequence=i) for i in range(50)]
+        check(library, kept)
+        cut = [Case(logits, sampling(top_k=4, top_p=0.25), sequence=i) for i in range(50)]
+        check(library, cut)
+        tokens, _, _ = run(library, cut)
+        assert (tokens <= 0.25 * vocab + 1).all()
 
 
 def test_choices_of_no_distribution(library: ops.Library) -> None:
@@ -181,6 +251,31 @@ def test_states(library: ops.Library) -> None:
         assert bool(slot.finished) == (row != 3)
         assert (tokens[2 + new :] == POISON).all()
         assert (tokens[: 2 + new] != POISON).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_steps_may_overlap(library: ops.Library, count: int) -> None:
+    """Steps that start before the one before has ended give the same."""
+    rng = np.random.default_rng(count)
+    steps = 30
+    cases = []
+    for sequence in range(count):
+        options = sampling(
+            top_k=int(rng.choice([0, 4, 300])), no_repeat_ngram_size=2, max_length=steps - 3
+        )
+        cases.append(Case(draw_logits(rng, 5003), options, [1, 2, 3], 3, 7, sequence))
+    found = []
+    for overlap in (False, True):
+        rows = Rows(cases, steps)
+        arguments = rows.arguments(library)
+        arguments.overlap = overlap
+        for _ in range(steps - 1):
+            library.launch("sample", arguments)
+        library.call("sample", arguments)
+        assert rows.step.numpy()[0] == steps
+        found.append((rows.results.numpy(), rows.tokens.numpy()))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert np.array_equal(found[0][1], found[1][1])
 
 
 def test_rows_do_not_depend_on_each_other(library: ops.Library) -> None:
