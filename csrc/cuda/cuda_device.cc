@@ -13,6 +13,8 @@ namespace {
 // Steps that the host launches ahead of the one it waits for: enough to keep the device busy.
 constexpr int32_t kAhead = 2;
 constexpr int32_t kMaxSteps = 64;  // of one Decode()
+// Heads of a step up to which blocks share them: with more there is enough for every multiprocessor.
+constexpr size_t kSharedHeads = 2048;
 
 // Rows of a step come in few sizes, each of which has its graphs.
 int32_t Bucket(size_t rows) {
@@ -255,12 +257,12 @@ void CudaDevice::ReserveDecode(int32_t rows) {
   const auto heads = static_cast<size_t>(config_.num_heads);
   space.logits =
       DeviceMemory(n * static_cast<size_t>(logits_stride_) * sizeof(float), "the logits of a step");
-  // Only few rows are split, so few have parts that wait to be put together.
-  int32_t split_rows = 0;
-  while (split_rows < rows && Splits(split_rows + 1) > 1) ++split_rows;
-  space.partial = DeviceMemory(static_cast<size_t>(split_rows) * heads * kDecodeParts *
+  space.partial = DeviceMemory(std::min(n * heads, kSharedHeads) * kDecodeParts *
                                    static_cast<size_t>(layout_.head_size + 2) * sizeof(float),
                                "the work space of attention");
+  size_t plan_bytes = 0;
+  Check(DecodePlanBytes(rows, layout_, &plan_bytes), "planning attention");
+  space.plan = DeviceMemory(plan_bytes, "the work space of attention");
   space.arrived = DeviceMemory(n * heads * sizeof(int32_t), "the work space of attention");
   Check(cudaMemsetAsync(space.arrived.as<>(), 0, space.arrived.size(), stream_),
         "clearing device memory");
@@ -389,6 +391,25 @@ void CudaDevice::LaunchForward(int32_t rows) {
   }
   const LayerSpace& s = layer_space_;
   Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+  DecodeAttentionArgs attention;
+  attention.q = s.q.as<float>();
+  attention.ldq = hidden_stride_;
+  attention.out = s.attended.as<float>();
+  attention.ldo = hidden_stride_;
+  attention.row_list = s.row_list.as<Row>();
+  attention.slots = device_slots_.as<Slot>();
+  attention.rows = rows;
+  attention.cache = layout_;
+  attention.splits = Splits(rows);
+  if (static_cast<size_t>(rows) * static_cast<size_t>(config_.num_heads) <= kSharedHeads) {
+    attention.partial = decode_space_.partial.as<float>();
+  } else {
+    attention.splits = 1;
+  }
+  attention.arrived = decode_space_.arrived.as<int32_t>();
+  attention.plan = decode_space_.plan.as<>();
+  attention.overlap = true;
+  Check(PlanDecodeAttention(attention, stream_), "planning attention");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearArgs qkv =
@@ -396,19 +417,9 @@ void CudaDevice::LaunchForward(int32_t rows) {
     qkv.norm = &layer.norm1;
     qkv.layer = i;
     Check(Linear(qkv, stream_), "launching the attention's input");
-    DecodeAttentionArgs attention;
-    attention.q = s.q.as<float>();
-    attention.ldq = hidden_stride_;
-    attention.out = s.attended.as<float>();
-    attention.ldo = hidden_stride_;
-    attention.row_list = s.row_list.as<Row>();
-    attention.slots = device_slots_.as<Slot>();
-    attention.rows = rows;
-    attention.cache = layout_;
     attention.layer = i;
-    attention.splits = Splits(rows);
-    attention.partial = decode_space_.partial.as<float>();
-    attention.arrived = decode_space_.arrived.as<int32_t>();
+    // The first one waits for the plan and for all that earlier steps wrote; the others rely on it.
+    attention.overlap = i > 0;
     Check(DecodeAttention(attention, stream_), "launching attention");
     LaunchAfterAttention(layer, rows);
   }

@@ -68,7 +68,7 @@ class CudaDevice {
   };
   struct DecodeSpace {
     int32_t rows = 0;
-    DeviceMemory logits, partial, arrived, sample, step;
+    DeviceMemory logits, partial, arrived, plan, sample, step;
     PinnedMemory results;
   };
   // Activations of a prefill through cuBLASLt, of activation_dtype_ but for the residual stream.

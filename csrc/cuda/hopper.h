@@ -81,6 +81,11 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
       : "memory");
 }
 
+// Orders what the thread has written to shared memory before what the bulk engine then writes there.
+__device__ __forceinline__ void FenceForBulkEngine() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- 16 bytes that are one ------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 LoadWhole(const uint4* from) {

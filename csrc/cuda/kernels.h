@@ -95,9 +95,9 @@ cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cud
 // Parts that a row's pages are cut into at most, by the row's length alone.
 constexpr int32_t kDecodeParts = 32;
 
-// Decode: one query per row against its slot's cache, the positions up to the row's own. `splits`
-// blocks per head share the parts, which the last one of them puts together in order: the result is
-// the same bits with any `splits`. Rows without a token get zeros.
+// Decode: one query per row against its slot's cache, the positions up to the row's own. Blocks share
+// the parts, which the last one of them puts together in order: the result is the same bits however
+// they are shared. Rows without a token get zeros.
 struct DecodeAttentionArgs {
   const float* q = nullptr;  // [rows, ldq], scaled
   int64_t ldq = 0;
@@ -108,14 +108,27 @@ struct DecodeAttentionArgs {
   int32_t rows = 0;
   CacheLayout cache;
   int32_t layer = 0;
-  int32_t splits = 1;
-  // Not used when splits is 1. [rows, heads, kDecodeParts, head_size + 2]
+  int32_t splits = 1;  // blocks that share a head, without a plan
+  // For heads that blocks share; may be null if `splits` is 1. [rows, heads, kDecodeParts,
+  // head_size + 2]
   float* partial = nullptr;
   int32_t* arrived = nullptr;  // [rows, heads], zero before and after
+  // Null: a kernel for any device. Else made by PlanDecodeAttention for the same rows, slots, cache and
+  // `partial`, and the kernel streams pages by bulk copies, balanced by pages.
+  void* plan = nullptr;
+  // With a plan: the kernel may start before the kernel before it in the stream has ended, and reads
+  // the plan, page tables and the cache but for each row's own position. Between what wrote these and
+  // this kernel there has to be one that has started without overlapping.
+  bool overlap = false;
 };
 // Splits that fill a device of so many multiprocessors.
 int32_t DecodeSplits(int32_t rows, int32_t heads, int32_t multiprocessors);
 cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream);
+
+// Bytes of a plan; 0 where the device, the cache's shape or the number of rows (4096) allow none.
+cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* bytes);
+// Makes the plan of a step, which all layers share; may itself overlap as Linear does.
+cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream);
 
 // Prefill: rows are runs of neighbouring positions of a slot; a run's queries see the cache up to
 // their own position. Never holds a [length, length] matrix in device memory. Nothing is written for

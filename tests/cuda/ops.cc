@@ -23,6 +23,9 @@ FASTGEN_OP(store_qkv, QkvArgs) {
 FASTGEN_OP(decode_attention, DecodeAttentionArgs) {
   return fastgen::cuda::DecodeAttention(*args, static_cast<cudaStream_t>(stream));
 }
+FASTGEN_OP(plan_decode_attention, DecodeAttentionArgs) {
+  return fastgen::cuda::PlanDecodeAttention(*args, static_cast<cudaStream_t>(stream));
+}
 FASTGEN_OP(prefill_attention, PrefillAttentionArgs) {
   return fastgen::cuda::PrefillAttention(*args, static_cast<cudaStream_t>(stream));
 }
@@ -39,6 +42,11 @@ extern "C" __attribute__((visibility("default"))) int fastgen_op_dequantize(
 extern "C" __attribute__((visibility("default"))) size_t fastgen_op_sample_workspace(int rows,
                                                                                      int vocab) {
   return fastgen::cuda::SampleWorkspaceBytes(rows, vocab);
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_decode_plan_bytes(
+    int rows, const fastgen::cuda::CacheLayout* cache, size_t* bytes) {
+  return fastgen::cuda::DecodePlanBytes(rows, *cache, bytes);
 }
 
 FASTGEN_OP(persistent_step, PersistentArgs) {

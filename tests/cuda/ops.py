@@ -158,6 +158,8 @@ class DecodeAttentionArgs(ctypes.Structure):
         ("splits", _i32),
         ("partial", _ptr),
         ("arrived", _ptr),
+        ("plan", _ptr),
+        ("overlap", ctypes.c_bool),
     ]
 
 
@@ -263,6 +265,16 @@ class Library:
     def sample_workspace(self, rows: int, vocab: int) -> int:
         """Bytes of zeroed workspace that `sample` needs."""
         return int(self._library.fastgen_op_sample_workspace(rows, vocab))
+
+    def decode_plan_bytes(self, rows: int, cache: CacheLayout) -> int:
+        """Bytes of a plan of decode attention; 0 if the device or the cache allow none."""
+        size = ctypes.c_size_t()
+        status = self._library.fastgen_op_decode_plan_bytes(
+            rows, ctypes.byref(cache), ctypes.byref(size)
+        )
+        if status != 0:
+            raise RuntimeError(f"decode_plan_bytes: CUDA error {status}")
+        return size.value
 
     def persistent_blocks(self, args: PersistentArgs) -> int:
         """Blocks of a persistent step; 0 if there can be none."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cuda import ops
+from tests.cuda.arrays import Weights
 from tests.cuda.attention_case import DTYPES, Sequences, decode, distance, encode, structures
 from tests.cuda.memory import Array, Buffer
 
@@ -22,8 +23,11 @@ def run_decode(
     rows: Sequence[tuple[int, int]],
     q: Array,
     splits: int,
+    planned: bool = False,
+    share: bool = True,
+    overlap: bool = False,
 ) -> Array:
-    """Outputs [rows, heads, head_size] of rows (slot, position)."""
+    """Outputs [rows, heads, head_size] of rows (slot, position); `share`: heads may be cut."""
     width = cache.heads * cache.head_size
     padded = np.full((len(rows), width + 3), np.nan, np.float32)
     padded[:, :width] = q.reshape(len(rows), width)
@@ -33,28 +37,42 @@ def run_decode(
     partial = Buffer(
         np.full((len(rows), cache.heads, DECODE_PARTS, cache.head_size + 2), np.nan, np.float32)
     )
+    plan = None
+    if planned:
+        plan = Buffer(np.full(library.decode_plan_bytes(len(rows), cache.layout), 0xFF, np.uint8))
     row_list = structures([ops.Row(*row) for row in rows])
-    library.call(
-        "decode_attention",
-        ops.DecodeAttentionArgs(
-            q=query.pointer,
-            ldq=width + 3,
-            out=out.pointer,
-            ldo=width + 5,
-            row_list=row_list.pointer,
-            slots=cache.slots.pointer,
-            rows=len(rows),
-            cache=cache.layout,
-            layer=cache.layer,
-            splits=splits,
-            partial=partial.pointer if splits > 1 else None,
-            arrived=arrived.pointer,
-        ),
+    args = ops.DecodeAttentionArgs(
+        q=query.pointer,
+        ldq=width + 3,
+        out=out.pointer,
+        ldo=width + 5,
+        row_list=row_list.pointer,
+        slots=cache.slots.pointer,
+        rows=len(rows),
+        cache=cache.layout,
+        layer=cache.layer,
+        splits=splits,
+        partial=partial.pointer if share else None,
+        arrived=arrived.pointer,
+        plan=plan.pointer if plan else None,
+        overlap=overlap,
     )
+    if planned:
+        library.call("plan_decode_attention", args)
+    library.call("decode_attention", args)
     assert not arrived.numpy().any()
     result = out.numpy()
     assert (result[:, width:] == POISON).all()
     return result[:, :width].reshape(q.shape)
+
+
+@pytest.fixture(params=["loads", "streams"])
+def planned(request: pytest.FixtureRequest, library: Any) -> bool:
+    """Whether the kernel is the one that streams pages, by a plan."""
+    wanted = bool(request.param == "streams")
+    if wanted and library.decode_plan_bytes(1, ops.CacheLayout(ops.FLOAT16, 1, 1, 64, 64)) == 0:
+        pytest.skip("the device has no bulk copies")
+    return wanted
 
 
 def run_prefill(
@@ -107,52 +125,156 @@ def queries(count: int, cache: Sequences, seed: int = 1) -> Array:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head_size", [8, 20, 33, 64, 80, 128, 200, 256])
-def test_decode_matches_float64(library: Any, dtype: str, head_size: int) -> None:
+def test_decode_matches_float64(library: Any, planned: bool, dtype: str, head_size: int) -> None:
     lengths = [1, 31, 32, 33, 97, 130, 513, 1056]
     cache = Sequences(lengths, 3, head_size, dtype)
     rows = [(slot, -1) for slot in range(len(lengths))] + [(7, 1024), (5, 0), (6, 300)]
     q = queries(len(rows), cache)
     for splits in (1, 3, 8):
-        out = run_decode(library, cache, rows, q, splits)
+        out = run_decode(library, cache, rows, q, splits, planned, share=splits > 1)
         for index, (slot, position) in enumerate(rows):
             visible = lengths[slot] if position < 0 else position + 1
             expected = cache.attend(slot, q[index].astype(np.float64), visible)
             assert distance(out[index], expected) < 3e-6, (splits, slot, position)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_decode_bits_depend_on_the_row_alone(library: Any, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_decode_bits_depend_on_the_row_alone(library: Any, planned: bool, dtype: str) -> None:
     lengths = [5, 100, 129, 640, 1025, 1500]
     cache = Sequences(lengths, 2, 64, dtype, seed=3)
     rows = [(slot, -1) for slot in range(len(lengths))]
     q = queries(len(rows), cache)
-    together = run_decode(library, cache, rows, q, 1)
-    for splits in (2, 5, 8, 16):
-        np.testing.assert_array_equal(run_decode(library, cache, rows, q, splits), together)
+    together = run_decode(library, cache, rows, q, 1, planned, share=False)
+    for splits in (1,) if planned else (2, 5, 8, 16):
+        shared = run_decode(library, cache, rows, q, splits, planned)
+        np.testing.assert_array_equal(shared, together)
     for index, row in enumerate(rows):
-        alone = run_decode(library, cache, [row], q[index : index + 1], 4)
-        np.testing.assert_array_equal(alone[0], together[index])
+        for share in (False, True):
+            splits = 4 if share else 1
+            alone = run_decode(library, cache, [row], q[index : index + 1], splits, planned, share)
+            np.testing.assert_array_equal(alone[0], together[index])
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-def test_decode_leaves_out_padding_and_what_has_finished(library: Any, splits: int) -> None:
+def test_decode_leaves_out_padding_and_what_has_finished(
+    library: Any, planned: bool, splits: int
+) -> None:
     lengths = [300, 200, 40]
     cache = Sequences(lengths, 4, 64, "float16", finished=[1])
     rows = [(-1, -1), (0, -1), (1, -1), (-1, 3), (2, -1), (1, 150)]
     q = queries(len(rows), cache)
-    out = run_decode(library, cache, rows, q, splits)
+    out = run_decode(library, cache, rows, q, splits, planned, share=splits > 1)
     for index in (0, 2, 3):
         assert not out[index].any()
     for index, visible in ((1, 300), (4, 40), (5, 151)):
         expected = cache.attend(rows[index][0], q[index].astype(np.float64), visible)
         assert distance(out[index], expected) < 3e-6
+    nobody = run_decode(library, cache, rows[2:4], q[2:4], splits, planned)
+    assert not nobody.any()
 
 
-def test_decode_of_large_scores(library: Any) -> None:
-    cache = Sequences([700], 2, 64, "float32", scale=30.0)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_decode_of_large_scores(library: Any, planned: bool, dtype: str) -> None:
+    cache = Sequences([700], 2, 64, dtype, scale=30.0)
     q = queries(1, cache) * 50
-    out = run_decode(library, cache, [(0, -1)], q, 4)
+    out = run_decode(library, cache, [(0, -1)], q, 4, planned)
     assert distance(out[0], cache.attend(0, q[0].astype(np.float64), 700)) < 2e-3
+
+
+def test_decode_of_many_ragged_rows(library: Any, planned: bool) -> None:
+    """Heads are cut where rows are few or unequal; many rows, some of them without a token."""
+    rng = np.random.default_rng(11)
+    lengths = [int(n) for n in rng.integers(1, 400, 40)] + [1300, 2100]
+    cache = Sequences(lengths, 3, 64, "float16", seed=7, finished=[3, 17])
+    rows = [(int(slot), -1) for slot in rng.integers(-1, len(lengths), 300)]
+    rows += [(int(slot), int(rng.integers(0, lengths[slot]))) for slot in range(len(lengths))]
+    q = queries(len(rows), cache)
+    out = run_decode(library, cache, rows, q, 2, planned, overlap=True)
+    uncut = run_decode(library, cache, rows, q, 1, planned, share=False)
+    np.testing.assert_array_equal(uncut, out)
+    for count in (1, 2, 7, 60):
+        few = run_decode(library, cache, rows[-count:], q[-count:], 8, planned)
+        np.testing.assert_array_equal(few, out[-count:])
+    for index, (slot, position) in enumerate(rows):
+        if slot < 0 or (position < 0 and slot in (3, 17)):
+            assert not out[index].any(), index
+            continue
+        visible = lengths[slot] if position < 0 else position + 1
+        expected = cache.attend(slot, q[index].astype(np.float64), visible)
+        assert distance(out[index], expected) < 3e-6, (index, slot, position)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 40])
+def test_decode_that_overlaps_the_kernel_before(library: Any, batch: int) -> None:
+    """The query and the newest position come from a product that has not ended when it starts."""
+    torch = pytest.importorskip("torch")
+    plan_bytes = library.decode_plan_bytes(batch, ops.CacheLayout(ops.FLOAT16, 2, 16, 64, 64))
+    if plan_bytes == 0:
+        pytest.skip("the device has no bulk copies")
+    plan = torch.zeros(plan_bytes, dtype=torch.uint8, device="cuda")
+    heads, head_size, hidden = 16, 64, 1024
+    width = heads * head_size
+    rng = np.random.default_rng(5)
+    lengths = [int(n) for n in rng.integers(1, 300, batch)]
+    cache = Sequences(lengths, heads, head_size, "float16", seed=2)
+    w = Weights(rng, 3 * width, hidden, ops.FLOAT16)
+    x = torch.zeros((batch, hidden), dtype=torch.float32, device="cuda")
+    q = torch.zeros((batch, width), dtype=torch.float32, device="cuda")
+    out = torch.zeros_like(q)
+    partial = torch.zeros((batch, heads, DECODE_PARTS, head_size + 2), device="cuda")
+    arrived = torch.zeros((batch, heads), dtype=torch.int32, device="cuda")
+    rows = structures([ops.Row(index, -1) for index in range(batch)])
+    product = ops.LinearArgs(
+        w=w.matrix,
+        x=x.data_ptr(),
+        ldx=hidden,
+        rows=batch,
+        y=q.data_ptr(),
+        ldy=width,
+        epilogue=ops.QKV,
+        row_list=rows.pointer,
+        slots=cache.slots.pointer,
+        cache=cache.layout,
+        layer=cache.layer,
+        overlap=True,
+    )
+
+    def attention(overlap: bool) -> ops.DecodeAttentionArgs:
+        return ops.DecodeAttentionArgs(
+            q=q.data_ptr(),
+            ldq=width,
+            out=out.data_ptr(),
+            ldo=width,
+            row_list=rows.pointer,
+            slots=cache.slots.pointer,
+            rows=batch,
+            cache=cache.layout,
+            layer=cache.layer,
+            splits=2,
+            partial=partial.data_ptr(),
+            arrived=arrived.data_ptr(),
+            plan=plan.data_ptr(),
+            overlap=overlap,
+        )
+
+    library.call("plan_decode_attention", attention(False))
+    inputs = torch.randn((12, batch, hidden), device="cuda")
+
+    def steps(overlap: bool) -> list[Array]:
+        results = []
+        for one in inputs:
+            x.copy_(one)
+            library.launch("linear", product)
+            if not overlap:
+                torch.cuda.synchronize()
+            library.launch("decode_attention", attention(overlap))
+            results.append(out.clone())
+        torch.cuda.synchronize()
+        return [result.cpu().numpy() for result in results]
+
+    for separate, overlapping in zip(steps(False), steps(True)):
+        assert np.isfinite(separate).all()
+        np.testing.assert_array_equal(overlapping, separate)
 
 
 LIMITS = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}

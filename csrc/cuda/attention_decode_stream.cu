@@ -1,0 +1,388 @@
+// Attention of decode steps where there are bulk copies (sm_90): one block per multiprocessor, whose
+// warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
+// they work on. So memory waits neither for page tables nor for the end of a head. Which parts they
+// are the step's plan says. A head that blocks share is put together through device memory by the
+// block that finishes last.
+//
+// What is in the cache from steps before is asked for before the kernel before has ended.
+#include <algorithm>
+
+#include "cuda/attention_decode.h"
+#include "cuda/attention_decode_worker.h"
+#include "cuda/hopper.h"
+#include "cuda/launch.h"
+
+namespace fastgen {
+namespace cuda {
+namespace {
+
+constexpr int32_t kMostPieces = 8;
+
+struct StreamTask {
+  DecodeAttentionArgs args;
+  DecodePlan plan;
+  int64_t layer_at, values_at;  // bytes from a page to the layer's keys, and from these to values
+  int32_t row_bytes;            // of a position
+  int32_t pieces;   // of a warp's ring; a piece is the keys or values of a head in a page
+  int32_t results;  // parts whose results are kept
+  int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
+};
+
+// The kernel's flavours: how warps work, and how many there are.
+template <typename S, int kWarps_>
+struct OnFma {
+  static constexpr int kWarps = kWarps_;
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  using Worker = FmaWorker<S>;
+#endif
+};
+
+template <typename T, int kChunks, int kWarps_>
+struct OnMma {
+  static constexpr int kWarps = kWarps_;
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  using Worker = MmaWorker<T, kChunks>;
+#endif
+};
+
+#if FASTGEN_ARCH_HAS_PERSISTENT
+
+__device__ __forceinline__ const DecodeItem* ItemOf(const StreamTask& task, int round, int warp,
+                                                    int warps) {
+  return task.plan.items + (static_cast<int64_t>(round) * gridDim.x + blockIdx.x) * warps + warp;
+}
+
+// Asks for keys and values in the order in which the warp needs them, a piece at a time.
+struct Supply {
+  const StreamTask& task;
+  char* ring;
+  uint64_t* barriers;
+  int warp, warps;
+
+  DecodeItem item;
+  int round, left;  // positions of `item`
+  const char* page;
+  int kind, slot;
+
+  // The row's own position in the piece in slot `lane`.
+  const char* late_from;
+  uint32_t late_to;  // from the ring's begin
+
+  __device__ __forceinline__ void Start() {
+    item = *ItemOf(task, 0, warp, warps);
+    round = kind = slot = 0;
+    left = item.positions;
+    page = item.page;
+    late_from = nullptr;
+    late_to = 0;
+  }
+
+  // kEarly: what the kernel before writes is left for AskLate, and `second` is the second item.
+  template <bool kEarly>
+  __device__ __forceinline__ void Ask(int lane, const DecodeItem& second = DecodeItem()) {
+    if (left <= 0) return;
+    const int row_bytes = task.row_bytes;
+    const char* const from = page + task.layer_at +
+                             static_cast<int64_t>(item.head) * kPage * row_bytes +
+                             (kind == 0 ? 0 : task.values_at);
+    const uint32_t to = slot * kPage * row_bytes;
+    const bool late = kEarly && (item.flags & kItemNewest) != 0 && left <= kPage;
+    const int bytes = (min(kPage, left) - (late ? 1 : 0)) * row_bytes;
+    if (lane == 0) {
+      BarrierArriveExpect(barriers + slot, bytes);
+      if (bytes > 0) BulkCopy(ring + to, from, bytes, barriers + slot, ReadOncePolicy());
+    }
+    if (late && lane == slot) {
+      late_from = from + bytes;
+      late_to = to + bytes;
+    }
+    slot = slot + 1 == task.pieces ? 0 : slot + 1;
+    kind ^= 1;
+    if (kind == 1) return;
+    left -= kPage;
+    if (left > 0) {
+      page = *item.later++;
+    } else if ((item.flags & kItemMore) != 0) {
+      ++round;
+      item = kEarly && round == 1 ? second : *ItemOf(task, round, warp, warps);
+      left = item.positions;
+      page = item.page;
+    }
+  }
+
+  // Copies what the first Asks left out; done for the warp after WaitCopies and __syncwarp.
+  __device__ __forceinline__ void AskLate(int lane) const {
+#pragma unroll 1
+    for (int s = 0; s < task.pieces; ++s) {
+      const uint64_t from =
+          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(late_from), s);
+      const uint32_t to = __shfl_sync(kAllLanes, late_to, s);
+      if (from == 0) continue;
+      for (int byte = lane * 16; byte < task.row_bytes; byte += 512) {
+        StreamCopy16(ring + to + byte, reinterpret_cast<const char*>(from) + byte, true);
+      }
+    }
+  }
+};
+
+// Puts the parts of a head together that blocks share, once all have arrived; by one warp.
+__device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& item, int lane) {
+  const DecodeAttentionArgs& args = task.args;
+  const int head_size = args.cache.head_size;
+  const int64_t unit = static_cast<int64_t>(item.row) * args.cache.num_heads + item.head;
+  const float* const sums = args.partial + unit * kDecodeParts * (head_size + 2);
+  const float* const stats = sums + kDecodeParts * head_size;
+  bool last = false;
+  if (lane == 0) {
+    __threadfence();
+    last = atomicAdd(args.arrived + unit, item.count) + item.count == item.parts;
+    __threadfence();
+  }
+  if (!__any_sync(kAllLanes, last)) return;
+  if (lane == 0) args.arrived[unit] = 0;
+  // What other blocks wrote is past the first-level cache.
+  CombineParts<kDecodeParts>(
+      [=](int p) { return sums + p * head_size; }, [=](int p) { return stats + p * 2; },
+      [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32, lane,
+      args.out + item.row * args.ldo + static_cast<int64_t>(item.head) * head_size);
+}
+
+#endif  // FASTGEN_ARCH_HAS_PERSISTENT
+
+template <typename Flavour>
+__global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const StreamTask task) {
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  constexpr int kWarps = Flavour::kWarps;
+  const DecodeAttentionArgs& args = task.args;
+  char* const shared = SharedMemory();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int head_size = args.cache.head_size;
+  const int piece_bytes = kPage * task.row_bytes;
+  char* const ring = shared + warp * task.pieces * piece_bytes;
+  uint64_t* const barriers =
+      reinterpret_cast<uint64_t*>(shared + task.barriers_at) + warp * task.pieces;
+
+  LetNextGridStart();
+  Supply supply = {task, ring, barriers, warp, kWarps};
+  supply.Start();
+  // There is room for it, if nothing else.
+  const DecodeItem second = *ItemOf(task, 1, warp, kWarps);
+  if (lane < task.pieces) {
+    BarrierInit(barriers + lane, 1);
+    BarrierInitDone();
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < task.pieces; ++i) supply.Ask<true>(lane, second);
+  WaitForGrid();
+
+  // Two queries of a warp: the one it works with, and the next.
+  float* const queries = reinterpret_cast<float*>(shared + task.queries_at) + warp * 2 * head_size;
+  const auto copy_query = [&](const DecodeItem& item, int round) {
+    const float* const from =
+        args.q + item.row * args.ldq + static_cast<int64_t>(item.head) * head_size;
+    float* const to = queries + round % 2 * head_size;
+    for (int d = lane; d < head_size; d += 32) StreamCopy4(to + d, from + d, 4);
+  };
+  supply.AskLate(lane);
+  const DecodeItem* at = ItemOf(task, 0, warp, kWarps);
+  if (at->positions > 0) copy_query(*at, 0);
+  CommitCopies();
+
+  float* const sums = reinterpret_cast<float*>(shared + task.results_at);
+  float* const stats = sums + task.results * head_size;
+  int result = warp;  // where the part's result is kept
+  int slot = 0;
+  uint32_t parity = 0;
+  const auto next_slot = [&] {
+    if (++slot == task.pieces) {
+      slot = 0;
+      parity ^= 1;
+    }
+  };
+  const auto ask = [&] {
+    __syncwarp();
+    supply.Ask<false>(lane);
+  };
+  const auto wait = [&] { BarrierWait(barriers + slot, parity); };
+  const DecodeItem* first_cut = nullptr;  // the warp ends them: at most the block's first and last
+  const DecodeItem* last_cut = nullptr;
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    int left = at->positions;
+    if (left > 0) {
+      WaitCopies<0>();
+      if (round == 0) FenceForBulkEngine();
+      __syncwarp();
+      typename Flavour::Worker worker;
+      worker.Begin(queries + round % 2 * head_size, head_size, lane);
+      if ((at->flags & kItemMore) != 0) {
+        const DecodeItem* const next = at + gridDim.x * kWarps;
+        if (next->positions > 0) copy_query(*next, round + 1);
+        CommitCopies();
+      }
+#pragma unroll 1
+      for (; left > 0; left -= kPage) {
+        SharedPage page;
+        page.row_bytes = task.row_bytes;
+        page.positions = min(kPage, left);
+        page.keys = ring + slot * piece_bytes;
+        wait();
+        next_slot();
+        page.values = ring + slot * piece_bytes;
+        worker.Page(page, lane, ask, wait);
+        ask();
+        next_slot();
+      }
+      float* part_sums = sums + result * head_size;
+      float* part_stats = stats + 2 * result;
+      if (at->cut) {
+        const int64_t unit = static_cast<int64_t>(at->row) * args.cache.num_heads + at->head;
+        part_sums = args.partial + unit * kDecodeParts * (head_size + 2) + at->part * head_size;
+        part_stats = part_sums + (kDecodeParts - at->part) * head_size + 2 * at->part;
+      }
+      worker.Store(part_sums, part_stats, head_size, lane);
+    }
+    __syncthreads();
+    if (at->ends) {
+      if (at->cut) {
+        (first_cut == nullptr ? first_cut : last_cut) = at;
+      } else {
+        const int start = result - at->part, results = task.results;
+        const auto place = [=](int p) { return start + p < 0 ? start + p + results : start + p; };
+        CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
+                        [=](int p) { return stats + place(p) * 2; },
+                        [](const float* p) { return *p; }, at->parts, head_size, 0, 32, lane,
+                        args.out + at->row * args.ldo + static_cast<int64_t>(at->head) * head_size);
+      }
+    }
+    if ((at->flags & kItemMore) == 0) break;
+    at += gridDim.x * kWarps;
+    result += kWarps;
+    if (result >= task.results) result -= task.results;
+  }
+
+  if (first_cut != nullptr) FinishCutHead(task, *first_cut, lane);
+  if (last_cut != nullptr) FinishCutHead(task, *last_cut, lane);
+  const int empty = task.plan.empty_rows[0];
+  for (int i = blockIdx.x; i < empty; i += gridDim.x) {
+    float* const out = args.out + task.plan.empty_rows[1 + i] * args.ldo;
+    for (int d = threadIdx.x; d < args.cache.num_heads * head_size; d += blockDim.x) out[d] = 0.0f;
+  }
+#endif
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename Call>
+cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
+  if (cache.head_size > 256) return cudaErrorInvalidValue;
+  switch (cache.dtype) {
+    case DType::kFloat32: {
+      const int chunks = cache.head_stride / 4;
+      if (chunks <= 8) return call(OnFma<DecodeShape<float, 8, 1, 8>, 16>());
+      if (chunks <= 16) return call(OnFma<DecodeShape<float, 16, 1, 8>, 8>());
+      if (chunks <= 32) return call(OnFma<DecodeShape<float, 32, 1, 4>, 4>());
+      return call(OnFma<DecodeShape<float, 32, 2, 4>, 2>());
+    }
+    case DType::kFloat16: {
+      const int chunks = cache.head_stride / 8;
+      if (chunks <= 8) return call(OnMma<__half, 8, 16>());
+      if (chunks <= 16) return call(OnMma<__half, 16, 8>());
+      return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
+    }
+    case DType::kBFloat16: {
+      const int chunks = cache.head_stride / 8;
+      if (chunks <= 8) return call(OnMma<BFloat16, 8, 12>());
+      if (chunks <= 16) return call(OnMma<BFloat16, 16, 8>());
+      return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
+    }
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
+// multiprocessor's, so that no two blocks meet on one.
+template <typename Flavour>
+int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask* task) {
+  constexpr int32_t kWarps = Flavour::kWarps;
+  task->row_bytes = cache.head_stride * (cache.dtype == DType::kFloat32 ? 4 : 2);
+  const int32_t piece_bytes = kPage * task->row_bytes;
+  // A head's parts before the round that ends it, that round's, and those of the next.
+  task->results = 2 * kWarps + kDecodeParts - 1;
+  const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
+  const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
+  task->pieces = std::min(kMostPieces, (limits.shared_bytes - query_bytes - result_bytes) /
+                                           (kWarps * (piece_bytes + 8)));
+  if (task->pieces < 2) return 0;
+  task->queries_at = kWarps * task->pieces * piece_bytes;
+  task->results_at = task->queries_at + query_bytes;
+  task->barriers_at = task->results_at + result_bytes;
+  return std::max(task->barriers_at + kWarps * task->pieces * 8, limits.shared_bytes / 2 + 1024);
+}
+
+struct AskGrid {
+  const CacheLayout& cache;
+  StreamGrid* grid;
+
+  template <typename Flavour>
+  cudaError_t operator()(Flavour) const {
+    int architecture = 0;
+    cudaError_t status =
+        CompiledArchitecture(reinterpret_cast<const void*>(StreamKernel<Flavour>), &architecture);
+    if (status != cudaSuccess || architecture < 90) return status;
+    DeviceLimits limits;
+    status = GetDeviceLimits(&limits);
+    if (status != cudaSuccess) return status;
+    StreamTask task;
+    if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
+    grid->blocks = limits.multiprocessors;
+    grid->warps = Flavour::kWarps;
+    return cudaSuccess;
+  }
+};
+
+struct LaunchStream {
+  const DecodeAttentionArgs& args;
+  cudaStream_t stream;
+
+  template <typename Flavour>
+  cudaError_t operator()(Flavour) const {
+    DeviceLimits limits;
+    const cudaError_t status = GetDeviceLimits(&limits);
+    if (status != cudaSuccess) return status;
+    StreamGrid grid;
+    grid.blocks = limits.multiprocessors;
+    grid.warps = Flavour::kWarps;
+    StreamTask task;
+    const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
+    if (bytes == 0) return cudaErrorInvalidValue;
+    task.args = args;
+    PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &task.plan);
+    const int64_t kind_bytes = static_cast<int64_t>(args.cache.num_heads) * kPage * task.row_bytes;
+    task.layer_at = args.layer * 2 * kind_bytes;
+    task.values_at = kind_bytes;
+    LaunchShape shape;
+    shape.grid = dim3(static_cast<unsigned>(grid.blocks));
+    shape.threads = grid.warps * 32;
+    shape.shared_bytes = static_cast<size_t>(bytes);
+    shape.overlap = args.overlap;
+    return Launch(StreamKernel<Flavour>, shape, stream, task);
+  }
+};
+
+}  // namespace
+
+cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid) {
+  *grid = StreamGrid();
+  if (!FASTGEN_CUDA_HAS_PERSISTENT) return cudaSuccess;
+  return WithFlavour(cache, AskGrid{cache, grid});
+}
+
+cudaError_t DecodeAttentionStream(const DecodeAttentionArgs& args, cudaStream_t stream) {
+  return WithFlavour(args.cache, LaunchStream{args, stream});
+}
+
+}  // namespace cuda
+}  // namespace fastgen
