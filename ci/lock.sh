@@ -48,3 +48,4 @@ resolve lint run lint
 resolve docs run docs
 resolve paddle26 run test paddle26
 resolve paddle33 run test paddle33
+resolve paddle26gpu run test paddle26gpu

@@ -145,6 +145,10 @@ if(ON_INFER)
     # libpaddle.so is a Python extension, which takes the interpreter's symbols from the process.
     target_link_libraries(gpt_paddle PRIVATE "-Wl,--no-as-needed" "${paddle_python}"
                                              "-Wl,--as-needed" "-Wl,-rpath-link,${paddle_libs}")
+    # Builds for GPUs have much of libpaddle.so in a library of its own.
+    if(EXISTS "${paddle_libs}/libphi.so")
+      target_link_libraries(gpt_paddle PRIVATE "${paddle_libs}/libphi.so")
+    endif()
   endif()
   install(TARGETS gpt_paddle RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
 endif()

@@ -51,6 +51,8 @@ INTERNAL = 6
 FLOAT32 = 0
 FLOAT16 = 1
 BFLOAT16 = 2
+INT32 = 3
+INT64 = 4
 
 # fastgen_decode_strategy
 GREEDY_SEARCH = 0
@@ -104,6 +106,8 @@ class ModelOptions(Structure):
         ("num_threads", c_int32),
         ("progress", ProgressFunction),
         ("progress_user_data", c_void_p),
+        ("tensor_device", c_char_p),
+        ("stream", c_void_p),
     ]
 
 
@@ -164,6 +168,37 @@ class SessionOptions(Structure):
     _fields_ = [("struct_size", c_size_t), ("max_rows", c_int32)]
 
 
+class Batch(Structure):
+    """`fastgen_batch`."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("tokens", c_void_p),
+        ("dtype", c_int),
+        ("rows", c_size_t),
+        ("width", c_size_t),
+        ("lengths", POINTER(c_int64)),
+        ("options", POINTER(POINTER(Options))),
+        ("device", c_char_p),
+        ("stream", c_void_p),
+    ]
+
+
+class BatchOutput(Structure):
+    """`fastgen_batch_output`."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("tokens", c_void_p),
+        ("dtype", c_int),
+        ("width", c_size_t),
+        ("pad_token_id", c_int32),
+        ("scores", POINTER(c_float)),
+        ("device", c_char_p),
+        ("stream", c_void_p),
+    ]
+
+
 class Sequence(Structure):
     """`fastgen_sequence`."""
 
@@ -187,6 +222,8 @@ STRUCTURES: dict[str, type[Structure]] = {
     "fastgen_model_info": ModelInfo,
     "fastgen_options": Options,
     "fastgen_session_options": SessionOptions,
+    "fastgen_batch": Batch,
+    "fastgen_batch_output": BatchOutput,
     "fastgen_sequence": Sequence,
 }
 
@@ -205,6 +242,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [POINTER(Config), POINTER(Tensor), c_size_t, POINTER(ModelOptions), POINTER(c_void_p)],
     ),
+    "fastgen_checksum": (
+        c_int,
+        [POINTER(Tensor), c_size_t, c_char_p, c_void_p, POINTER(c_uint64)],
+    ),
     "fastgen_model_get_config": (c_int, [c_void_p, POINTER(Config)]),
     "fastgen_model_get_info": (c_int, [c_void_p, POINTER(ModelInfo)]),
     "fastgen_model_free": (None, [c_void_p]),
@@ -217,8 +258,15 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_void_p, POINTER(c_int32), c_size_t, POINTER(Options), POINTER(c_uint64)],
     ),
+    "fastgen_batch_init": (None, [POINTER(Batch)]),
+    "fastgen_session_submit_batch": (c_int, [c_void_p, POINTER(Batch), POINTER(c_uint64)]),
     "fastgen_session_step": (c_int, [c_void_p, c_int32, POINTER(c_size_t)]),
     "fastgen_session_get": (c_int, [c_void_p, c_uint64, POINTER(Sequence)]),
+    "fastgen_batch_output_init": (None, [POINTER(BatchOutput)]),
+    "fastgen_session_get_batch": (
+        c_int,
+        [c_void_p, POINTER(c_uint64), c_size_t, POINTER(BatchOutput)],
+    ),
     "fastgen_session_cancel": (c_int, [c_void_p, c_uint64]),
     "fastgen_session_release": (c_int, [c_void_p, c_uint64]),
     "fastgen_tokenizer_load": (c_int, [c_char_p, POINTER(c_void_p)]),

@@ -24,6 +24,8 @@ __all__ = ["FasterGPT"]
 Scalars = Union[int, float, Sequence[Any], np.ndarray, paddle.Tensor, None]
 
 _WEIGHT_CHECKS = ("content", "identity")
+_CPU_DTYPES = ("float32",)
+_GPU_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 # What a value of the op's inputs is, and its name there.
 _PER_ROW = {
     "top_k": ("TopK", "int64"),
@@ -41,17 +43,21 @@ class FasterGPT(paddle.nn.Layer):
     the first call and reused; it is built again when they have changed, and freed with this object.
 
     Args:
-        model: a `paddlenlp.transformers.GPTLMHeadModel` on the CPU.
+        model: a `paddlenlp.transformers.GPTLMHeadModel`. Where its weights are the engine runs and
+            the results are: on the CPU, or on an NVIDIA GPU, for which `libfastgen_cuda` is needed.
         topk: keep the k most probable tokens; 0: off.
         topp: keep the smallest set of tokens whose mass exceeds p; 0 or 1: off.
         max_out_len: new tokens at most.
         bos_id, eos_id, pad_id: special tokens; None: as `model.generate` has them; -1: none.
         temperature: divides the logits before the softmax; > 0.
         decoding_lib: a built `libdecoding_op.so`; None: it is built on first use.
-        use_fp16_decoding: half precision; not available on the CPU.
+        use_fp16_decoding: the same as weight_dtype "float16"; not available on the CPU.
         weight_check: how changed weights are noticed. "content" reads all of them at each call and
             notices everything; "identity" looks only at where they lie and at Paddle's count of
             in-place operations, which neither optimizers nor `Tensor.set_value` add to.
+        weight_dtype: what the engine keeps the weights as: "float32", and on a GPU "float16",
+            "bfloat16", "int8" or "int4" too; None: float32 on the CPU, on a GPU the type that most
+            of the model's weights have.
 
     Attributes:
         last_seed: the seed of the last call that sampled, given or drawn: an int, or a list of one
@@ -75,13 +81,11 @@ class FasterGPT(paddle.nn.Layer):
         decoding_lib: str | os.PathLike[str] | None = None,
         use_fp16_decoding: bool = False,
         weight_check: str = "content",
+        weight_dtype: str | None = None,
     ) -> None:
         super().__init__()
         _check_model(model)
-        if use_fp16_decoding:
-            raise InvalidArgumentError(
-                "use_fp16_decoding is True: FasterGPT runs on the CPU in float32, it must be False"
-            )
+        self._weight_dtype = _weight_dtype(weight_dtype, use_fp16_decoding, _is_on_gpu(model))
         if weight_check not in _WEIGHT_CHECKS:
             raise InvalidArgumentError(
                 f"weight_check is {weight_check!r}: it must be 'content' or 'identity'"
@@ -196,6 +200,7 @@ class FasterGPT(paddle.nn.Layer):
             "weight_check": self._weight_check,
             # A program outlives this object, its engine lives as long as the program's weights.
             "owner": 0 if _is_static() else self._owner,
+            "weight_dtype": self._weight_dtype,
         }
         ids, scores, _ = self._run(inputs, attributes)
         return ids, scores
@@ -338,6 +343,37 @@ def _check_model(model: Any) -> None:
         raise InvalidArgumentError(
             f"the model's tensor_parallel_degree is {config.tensor_parallel_degree}: it must be 1"
         )
+
+
+def _is_on_gpu(model: Any) -> bool:
+    """Whether the weights are on a GPU. It is they that say where the engine runs."""
+    return any(parameter.place.is_gpu_place() for parameter in model.parameters())
+
+
+def _weight_dtype(weight_dtype: str | None, use_fp16_decoding: bool, on_gpu: bool) -> str:
+    """What the op is told; "auto": it decides by the weights, wherever a program is run."""
+    if use_fp16_decoding:
+        if not on_gpu:
+            raise InvalidArgumentError(
+                "use_fp16_decoding is True and the model is on the CPU, where FasterGPT computes "
+                "in float32: it must be False"
+            )
+        if weight_dtype not in (None, "float16"):
+            raise InvalidArgumentError(
+                f"use_fp16_decoding is True and weight_dtype is {weight_dtype!r}: only one of them "
+                "may be given"
+            )
+        return "float16"
+    if weight_dtype is None:
+        return "auto"
+    allowed = _GPU_DTYPES if on_gpu else _CPU_DTYPES
+    if weight_dtype not in allowed:
+        where = "a GPU" if on_gpu else "the CPU"
+        raise InvalidArgumentError(
+            f"weight_dtype is {weight_dtype!r}: with the model on {where} it must be one of "
+            f"{', '.join(allowed)}, or None"
+        )
+    return weight_dtype
 
 
 def _prompts(input_ids: Any, seq_len: Any, attention_mask: Any) -> tuple[Any, Any]:

@@ -48,7 +48,9 @@ __all__ = [
 OP_NAME = "fusion_gpt"
 LIBRARY_NAME = "libdecoding_op.so"
 
-_SOURCES = ("fusion_gpt.cc", "engine_cache.cc", "python_interpreter.cc")
+_SOURCES = ("fusion_gpt.cc", "engine_cache.cc", "gpu_stream.cc", "python_interpreter.cc")
+# The same for every build of Paddle: without PADDLE_WITH_CUDA its headers ask for none of CUDA's,
+# see csrc/paddle/gpu_stream.h.
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 _BUILD_INFO_MARKER = b"fastgen-op-build-info:"
 # Elf64_Ehdr (entry, program headers at, section headers at, flags, own size, size and count of

@@ -8,11 +8,16 @@ namespace {
 
 constexpr int32_t kMaxThreads = 1024;
 
-io::DType ToDType(const fastgen_dtype& from, const std::string& where) {
-  // Its bytes: a C caller may pass any number, and C++ may not read it as the enumeration.
+// Its bytes: a C caller may pass any number, and C++ may not read it as the enumeration.
+int32_t Number(const fastgen_dtype& from) {
   static_assert(sizeof from == sizeof(int32_t), "an enumeration of the C interface has 32 bits");
-  int32_t dtype;
-  std::memcpy(&dtype, &from, sizeof dtype);
+  int32_t number;
+  std::memcpy(&number, &from, sizeof number);
+  return number;
+}
+
+io::DType ToDType(const fastgen_dtype& from, const std::string& where) {
+  const int32_t dtype = Number(from);
   switch (dtype) {
     case FASTGEN_FLOAT32: return io::DType::kFloat32;
     case FASTGEN_FLOAT16: return io::DType::kFloat16;
@@ -76,6 +81,7 @@ engine::DeviceOptions ToDeviceOptions(const fastgen_model_options* options) {
   if (from.isa) to.isa = from.isa;
   if (from.weight_dtype) to.weight_dtype = from.weight_dtype;
   to.num_threads = from.num_threads;
+  to.tensors = ToPlace(from.tensor_device, from.stream, "tensor_device");
   if (from.progress) {
     to.progress = [function = from.progress, data = from.progress_user_data](
                       uint64_t done, uint64_t total) { function(done, total, data); };
@@ -109,6 +115,21 @@ engine::RequestOptions ToRequestOptions(const fastgen_options* options) {
   to.has_seed = from.has_seed == 1;
   to.keep_logits = from.keep_logits == 1;
   return to;
+}
+
+engine::Place ToPlace(const char* device, void* stream, const char* option) {
+  engine::Place place;
+  if (device) place.cuda_index = engine::CudaIndex(device, option);
+  place.stream = stream;
+  return place;
+}
+
+size_t TokenBytes(const fastgen_dtype& dtype, const char* parameter) {
+  const int32_t number = Number(dtype);
+  if (number == FASTGEN_INT32) return sizeof(int32_t);
+  if (number == FASTGEN_INT64) return sizeof(int64_t);
+  Invalid(std::string(parameter) + ".dtype is " + std::to_string(number) +
+          ", it must be 3 (int32) or 4 (int64)");
 }
 
 std::vector<io::TensorView> ToTensors(const fastgen_tensor* tensors, size_t count) {

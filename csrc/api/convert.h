@@ -51,5 +51,9 @@ fastgen_config FromConfig(const engine::ModelConfig& config);
 engine::DeviceOptions ToDeviceOptions(const fastgen_model_options* options);
 engine::RequestOptions ToRequestOptions(const fastgen_options* options);
 std::vector<io::TensorView> ToTensors(const fastgen_tensor* tensors, size_t count);
+// `option` is what `device` is called in a message.
+engine::Place ToPlace(const char* device, void* stream, const char* option);
+// Bytes of a token of type FASTGEN_INT32 or FASTGEN_INT64.
+size_t TokenBytes(const fastgen_dtype& dtype, const char* parameter);
 
 }  // namespace fastgen::api

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "api/convert.h"
+#include "api/handles.h"
 #include "api/status.h"
 #include "cpu/dispatch.h"
 #include "engine/model.h"
@@ -23,25 +24,6 @@ using namespace fastgen;  // NOLINT: this file is the outside of that namespace
 using api::CheckNotNull;
 using api::Guard;
 using api::Invalid;
-
-struct fastgen_model {
-  std::shared_ptr<const engine::Model> model;
-};
-
-struct fastgen_session {
-  fastgen_session(std::shared_ptr<const engine::Model> model, int32_t max_rows)
-      : session(std::move(model), max_rows) {}
-  engine::Session session;
-};
-
-struct fastgen_tokenizer {
-  std::shared_ptr<const text::Tokenizer> tokenizer;
-};
-
-struct fastgen_text_stream {
-  text::TextStream stream;
-  std::string piece;  // what the last call gave
-};
 
 namespace {
 
@@ -106,7 +88,12 @@ fastgen_status fastgen_model_load(const char* directory, const fastgen_model_opt
   return Guard([&] {
     CheckNotNull(directory, "directory");
     CheckNotNull(model, "model");
-    *model = NewModel(engine::Model::Load(directory, api::ToDeviceOptions(options)));
+    const engine::DeviceOptions device = api::ToDeviceOptions(options);
+    if (!device.tensors.on_host()) {
+      Invalid("tensor_device is " + engine::DeviceName(device.tensors.cuda_index) +
+              ", it must be NULL or cpu for a model that is loaded from files");
+    }
+    *model = NewModel(engine::Model::Load(directory, device));
   });
 }
 
@@ -116,8 +103,10 @@ fastgen_status fastgen_model_create(const fastgen_config* config, const fastgen_
   return Guard([&] {
     CheckNotNull(model, "model");
     const engine::ModelConfig network = api::ToConfig(config);
-    io::MemoryTensorSource source(api::ToTensors(tensors, num_tensors));
-    *model = NewModel(engine::Model::Create(network, source, api::ToDeviceOptions(options)));
+    const engine::DeviceOptions device = api::ToDeviceOptions(options);
+    const std::unique_ptr<io::TensorSource> source =
+        engine::MakeTensorSource(api::ToTensors(tensors, num_tensors), device);
+    *model = NewModel(engine::Model::Create(network, *source, device));
   });
 }
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "cuda/foreign.h"
 #include "cuda/pack.h"
 
 namespace fastgen::cuda {
@@ -49,35 +50,12 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
       qkv_stride_(RoundUp(int64_t{3} * config.hidden_size, 32)),
       wide_stride_(RoundUp(config.intermediate_size, 32)),
       logits_stride_(RoundUp(config.vocab_size, 32)) {
-  int devices = 0;
-  const cudaError_t status = cudaGetDeviceCount(&devices);
-  if (status != cudaSuccess || devices == 0) {
-    cudaGetLastError();
-    throw base::Error(FASTGEN_UNSUPPORTED,
-                      std::string("device=cuda: there is no usable NVIDIA device: ") +
-                          (status == cudaSuccess ? "none found" : cudaGetErrorString(status)));
-  }
-  if (index_ >= devices) {
-    throw base::Error(FASTGEN_INVALID_ARGUMENT,
-                      "device=cuda:" + std::to_string(index_) + ": this machine has " +
-                          std::to_string(devices) + (devices == 1 ? " device" : " devices") +
-                          ", counted from 0");
-  }
-  Check(cudaSetDevice(index_), "choosing the device");
+  ChooseDevice(index_);
   Check(cudaGetDeviceProperties(&properties_, index_), "asking what the device is");
-  if (CheckMachineCode() != cudaSuccess) {
-    cudaGetLastError();
-    throw base::Error(FASTGEN_UNSUPPORTED,
-                      std::string("device=cuda: this build of libfastgen_cuda has no machine code "
-                                  "for ") +
-                          properties_.name + ", compute capability " +
-                          std::to_string(properties_.major) + "." +
-                          std::to_string(properties_.minor));
-  }
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   try {
-    weights_ =
-        std::make_unique<Weights>(config_, weight_dtype_, activation_dtype_, weights, stream_);
+    weights_ = std::make_unique<Weights>(config_, options, weight_dtype_, activation_dtype_,
+                                         weights, stream_);
     layout_ = MakeCacheLayout(activation_dtype_, config_.num_layers, config_.num_heads,
                               config_.hidden_size / config_.num_heads);
     pages_ = std::make_unique<PagePool>(layout_);
@@ -582,6 +560,16 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
   return done;
 }
 
+void CudaDevice::ReadMemory(const engine::PluginBuffer& from, void* stream, void* to) const {
+  Check(cudaSetDevice(index_), "choosing the device");
+  ReadForeign(from, index_, static_cast<cudaStream_t>(stream), to);
+}
+
+void CudaDevice::WriteMemory(const void* from, void* stream, const engine::PluginBuffer& to) const {
+  Check(cudaSetDevice(index_), "choosing the device");
+  WriteForeign(from, static_cast<cudaStream_t>(stream), to, index_);
+}
+
 double CudaDevice::MeasureReadBandwidth(uint64_t bytes, int32_t passes) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
@@ -609,7 +597,7 @@ double CudaDevice::MeasureReadBandwidth(uint64_t bytes, int32_t passes) {
   double best = 0.0;
   for (int32_t pass = 0; pass <= passes; ++pass) {  // one warms up
     Check(cudaEventRecord(events.begin, stream_), "recording an event");
-    Check(ReadMemory(buffer.as<>(), buffer.size(), blocks, sums.as<float>(), stream_),
+    Check(cuda::ReadMemory(buffer.as<>(), buffer.size(), blocks, sums.as<float>(), stream_),
           "reading memory");
     Check(cudaEventRecord(events.end, stream_), "recording an event");
     Check(cudaEventSynchronize(events.end), "reading memory");

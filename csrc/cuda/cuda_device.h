@@ -40,6 +40,9 @@ class CudaDevice {
   void CopyPrefix(int32_t from, int32_t to, int32_t count);
   int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
                  engine::DecodeResult* results, float* logits);
+  // Do not wait for steps of other threads.
+  void ReadMemory(const engine::PluginBuffer& from, void* stream, void* to) const;
+  void WriteMemory(const void* from, void* stream, const engine::PluginBuffer& to) const;
   double MeasureReadBandwidth(uint64_t bytes, int32_t passes);
 
  private:

@@ -97,8 +97,22 @@ __device__ inline void Store(const Matrix& to, int output, int column, float v) 
   }
 }
 
-__global__ void PackKernel(Matrix to, int first, int count, const float* from,
-                           int64_t column_stride, int64_t output_stride) {
+__device__ inline float BFloat16ToFloat(unsigned short bits) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+__device__ inline float Load(const PackSource& from, int column, int output) {
+  const int64_t at = column * from.column_stride + output / from.group_size * from.group_stride +
+                     output % from.group_size * from.output_stride;
+  switch (from.dtype) {
+    case DType::kFloat16: return __half2float(static_cast<const __half*>(from.data)[at]);
+    case DType::kBFloat16:
+      return BFloat16ToFloat(static_cast<const unsigned short*>(from.data)[at]);
+    default: return static_cast<const float*>(from.data)[at];
+  }
+}
+
+__global__ void PackKernel(Matrix to, int first, int count, PackSource from) {
   __shared__ float tile[kTile][kTile + 1];  // [column][output]
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
@@ -106,11 +120,11 @@ __global__ void PackKernel(Matrix to, int first, int count, const float* from,
   const int output0 = blockIdx.x * kTile;
   for (int i = warp; i < kTile; i += kWarps) {
     // Lanes go along whatever lies side by side in memory.
-    const int column = output_stride == 1 ? i : lane;
-    const int output = output_stride == 1 ? lane : i;
+    const int column = from.output_stride == 1 ? i : lane;
+    const int output = from.output_stride == 1 ? lane : i;
     float v = 0.0f;
     if (column0 + column < to.in && output0 + output < count) {
-      v = from[(column0 + column) * column_stride + (output0 + output) * output_stride];
+      v = Load(from, column0 + column, output0 + output);
     }
     tile[column][output] = v;
   }
@@ -123,8 +137,7 @@ __global__ void PackKernel(Matrix to, int first, int count, const float* from,
 __device__ inline float Load(const Matrix& w, int output, int column) {
   const char* const row = static_cast<const char*>(w.data) + output * w.row_bytes;
   if (w.dtype == DType::kFloat16) return __half2float(reinterpret_cast<const __half*>(row)[column]);
-  return __uint_as_float(static_cast<unsigned>(reinterpret_cast<const unsigned short*>(row)[column])
-                         << 16);
+  return BFloat16ToFloat(reinterpret_cast<const unsigned short*>(row)[column]);
 }
 
 // A warp per output. Once per model, so in double.
@@ -190,11 +203,10 @@ int32_t ScaleStride(DType dtype, int32_t in) {
   return (in + kGroup - 1) / kGroup;
 }
 
-cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const float* from,
-                        int64_t column_stride, int64_t output_stride, cudaStream_t stream) {
+cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const PackSource& from,
+                        cudaStream_t stream) {
   const dim3 grid((count + kTile - 1) / kTile, (to.in + kTile - 1) / kTile);
-  PackKernel<<<grid, dim3(kTile, kWarps), 0, stream>>>(to, first, count, from, column_stride,
-                                                       output_stride);
+  PackKernel<<<grid, dim3(kTile, kWarps), 0, stream>>>(to, first, count, from);
   return cudaGetLastError();
 }
 

@@ -5,11 +5,13 @@
 #include <new>
 
 #include "cuda/cuda_device.h"
+#include "cuda/foreign.h"
 #include "engine/device_plugin.h"
 
 namespace fastgen::cuda {
 namespace {
 
+using engine::PluginBuffer;
 using engine::PluginError;
 
 template <typename Call>
@@ -20,6 +22,7 @@ int Guard(PluginError* error, const Call& call) {
     error->text[size] = '\0';
   };
   try {
+    const KeepContext keep;
     call();
     return FASTGEN_OK;
   } catch (const base::Error& e) {
@@ -34,6 +37,15 @@ int Guard(PluginError* error, const Call& call) {
   }
 }
 
+// Of calls that concern no device of ours.
+template <typename Call>
+int GuardOn(int32_t device_index, PluginError* error, const Call& call) {
+  return Guard(error, [&] {
+    ChooseDevice(device_index);
+    call();
+  });
+}
+
 CudaDevice& At(void* device) { return *static_cast<CudaDevice*>(device); }
 
 constexpr engine::DevicePlugin kPlugin = {
@@ -43,7 +55,10 @@ constexpr engine::DevicePlugin kPlugin = {
        const engine::PluginWeights* weights, void** device, PluginError* error) {
       return Guard(error, [&] { *device = new CudaDevice(*config, *options, *weights); });
     },
-    [](void* device) { delete static_cast<CudaDevice*>(device); },
+    [](void* device) {
+      const KeepContext keep;
+      delete static_cast<CudaDevice*>(device);
+    },
     [](void* device, engine::PluginInfo* info) { At(device).GetInfo(info); },
     [](void* device, const engine::SequenceSpec* spec, int32_t* slot, PluginError* error) {
       return Guard(error, [&] { *slot = At(device).Open(*spec); });
@@ -64,6 +79,29 @@ constexpr engine::DevicePlugin kPlugin = {
     },
     [](void* device, uint64_t bytes, int32_t passes, double* bandwidth, PluginError* error) {
       return Guard(error, [&] { *bandwidth = At(device).MeasureReadBandwidth(bytes, passes); });
+    },
+    [](void* device, const PluginBuffer* from, void* stream, void* to, PluginError* error) {
+      return Guard(error, [&] { At(device).ReadMemory(*from, stream, to); });
+    },
+    [](void* device, const void* from, void* stream, const PluginBuffer* to, PluginError* error) {
+      return Guard(error, [&] { At(device).WriteMemory(from, stream, *to); });
+    },
+    [](int32_t index, const PluginBuffer* buffers, size_t count, PluginError* error) {
+      return GuardOn(index, error, [&] {
+        for (size_t i = 0; i < count; ++i) CheckMemory(buffers[i], index);
+      });
+    },
+    [](int32_t index, const PluginBuffer* buffers, size_t count, void* stream, uint64_t* sum,
+       PluginError* error) {
+      return GuardOn(index, error, [&] {
+        *sum = ChecksumForeign(buffers, count, index, static_cast<cudaStream_t>(stream));
+      });
+    },
+    [](int32_t index, const PluginBuffer* a, const PluginBuffer* b, void* stream, int32_t* equal,
+       PluginError* error) {
+      return GuardOn(index, error, [&] {
+        *equal = EqualForeign(*a, *b, index, static_cast<cudaStream_t>(stream)) ? 1 : 0;
+      });
     },
 };
 

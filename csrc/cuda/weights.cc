@@ -1,21 +1,14 @@
 #include "cuda/weights.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "cuda/loader.h"
 #include "cuda/pack.h"
 
 namespace fastgen::cuda {
 namespace {
 
 using engine::PluginWeights;
-
-constexpr int64_t kStagingFloats = int64_t{4} << 20;
-
-void CheckReader(int status) {
-  // The reader's own error is reported in place of this one.
-  if (status != FASTGEN_OK) throw base::Error(FASTGEN_INTERNAL, "the weights cannot be read");
-}
 
 // Lays everything out twice: once to learn the size, once to hand out addresses.
 class Carver {
@@ -63,143 +56,32 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// A bias that is on the device already, as another type.
+void PackBias16(const Matrix& of, DType dtype, const void* to, cudaStream_t stream) {
+  if (!to) return;
+  Matrix row;
+  row.data = to;
+  row.dtype = dtype;
+  row.in = of.out;
+  row.out = 1;
+  row.row_bytes = RowBytes(dtype, of.out);
+  PackSource from;
+  from.data = of.bias;
+  from.column_stride = 1;
+  Check(PackOutputs(row, 0, 1, from, stream), "packing weights");
+}
+
+void Fold(const Matrix& w, const Norm& norm, const FoldedNorm& to, cudaStream_t stream) {
+  if (!to.sums) return;
+  Check(FoldNorm(w, norm, const_cast<float*>(to.sums), const_cast<float*>(to.bias), stream),
+        "folding a norm");
+}
+
 }  // namespace
 
-// Two staging buffers: while one is copied and converted the source is read into the other.
-class Weights::Loader {
- public:
-  Loader(const PluginWeights& source, int64_t staging_floats, cudaStream_t stream)
-      : source_(source), stream_(stream), staging_floats_(staging_floats) {
-    const size_t bytes = static_cast<size_t>(staging_floats) * sizeof(float);
-    for (Stage& stage : stages_) {
-      stage.host = PinnedMemory(bytes, "taking page-locked memory for loading");
-      stage.device = DeviceMemory(bytes, "the staging buffer for loading");
-      Check(cudaEventCreateWithFlags(&stage.free, cudaEventDisableTiming), "creating an event");
-    }
-  }
-  ~Loader() {
-    cudaStreamSynchronize(stream_);
-    for (Stage& stage : stages_) {
-      if (stage.free) cudaEventDestroy(stage.free);
-    }
-  }
-  Loader(const Loader&) = delete;
-  Loader& operator=(const Loader&) = delete;
-
-  // Outputs [first, first + part's) of `to` are the columns of one role.
-  void Columns(int32_t layer, engine::Matrix which, int32_t outputs, const Matrix& to,
-               int32_t first) {
-    const auto at_once = static_cast<int32_t>(
-        std::max<int64_t>(1, std::min<int64_t>(outputs, staging_floats_ / to.in)));
-    for (int32_t begin = 0; begin < outputs; begin += at_once) {
-      const int32_t count = std::min(at_once, outputs - begin);
-      float* host = Next();
-      CheckReader(source_.read_columns(source_.self, layer, static_cast<int32_t>(which), begin,
-                                       begin + count, host, count));
-      const float* device = Copy(static_cast<int64_t>(count) * to.in);
-      Check(PackOutputs(to, first + begin, count, device, count, 1, stream_), "packing weights");
-      Done();
-    }
-  }
-
-  enum class Table { kEmbedding, kHead };
-  void Rows(Table table, const Matrix& to) {
-    const auto at_once = static_cast<int32_t>(
-        std::max<int64_t>(1, std::min<int64_t>(to.out, staging_floats_ / to.in)));
-    const auto read = table == Table::kHead ? source_.read_head_rows : source_.read_embedding_rows;
-    for (int32_t begin = 0; begin < to.out; begin += at_once) {
-      const int32_t count = std::min(at_once, to.out - begin);
-      CheckReader(read(source_.self, begin, begin + count, Next()));
-      const float* device = Copy(static_cast<int64_t>(count) * to.in);
-      Check(PackOutputs(to, begin, count, device, 1, to.in, stream_), "packing weights");
-      Done();
-    }
-  }
-
-  void Positions(int32_t rows, int32_t size, const float* to) {
-    const auto at_once =
-        static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(rows, staging_floats_ / size)));
-    for (int32_t begin = 0; begin < rows; begin += at_once) {
-      const int32_t count = std::min(at_once, rows - begin);
-      CheckReader(source_.read_position_rows(source_.self, begin, begin + count, Next()));
-      CopyTo(to + static_cast<int64_t>(begin) * size, static_cast<int64_t>(count) * size);
-    }
-  }
-
-  void Vector(int32_t layer, engine::Vector which, int32_t size, const float* to) {
-    CheckReader(source_.read_vector(source_.self, layer, static_cast<int32_t>(which), Next()));
-    CopyTo(to, size);
-  }
-
-  // A bias that is on the device already, as another type.
-  void Bias16(const Matrix& of, DType dtype, const void* to) {
-    if (!to) return;
-    Matrix row;
-    row.data = to;
-    row.dtype = dtype;
-    row.in = of.out;
-    row.out = 1;
-    row.row_bytes = RowBytes(dtype, of.out);
-    Check(PackOutputs(row, 0, 1, of.bias, 1, of.out, stream_), "packing weights");
-  }
-
-  void Fold(const Matrix& w, const Norm& norm, const FoldedNorm& to) {
-    if (!to.sums) return;
-    Check(FoldNorm(w, norm, const_cast<float*>(to.sums), const_cast<float*>(to.bias), stream_),
-          "folding a norm");
-  }
-
-  void FinalNorm(const Norm& norm, int32_t size) {
-    float* host = Next();
-    CheckReader(source_.read_final_norm(source_.self, host, host + size));
-    const size_t bytes = static_cast<size_t>(size) * sizeof(float);
-    Check(cudaMemcpyAsync(const_cast<float*>(norm.weight), host, bytes, cudaMemcpyHostToDevice,
-                          stream_),
-          "copying weights");
-    Check(cudaMemcpyAsync(const_cast<float*>(norm.bias), host + size, bytes, cudaMemcpyHostToDevice,
-                          stream_),
-          "copying weights");
-    Done();
-  }
-
- private:
-  struct Stage {
-    PinnedMemory host;
-    DeviceMemory device;
-    cudaEvent_t free = nullptr;
-  };
-
-  float* Next() {
-    current_ ^= 1;
-    Check(cudaEventSynchronize(stages_[current_].free), "waiting for a copy of weights");
-    return stages_[current_].host.as<float>();
-  }
-  const float* Copy(int64_t floats) {
-    float* const to = stages_[current_].device.as<float>();
-    Check(cudaMemcpyAsync(to, stages_[current_].host.as<float>(),
-                          static_cast<size_t>(floats) * sizeof(float), cudaMemcpyHostToDevice,
-                          stream_),
-          "copying weights");
-    return to;
-  }
-  void CopyTo(const float* to, int64_t floats) {
-    Check(cudaMemcpyAsync(const_cast<float*>(to), stages_[current_].host.as<float>(),
-                          static_cast<size_t>(floats) * sizeof(float), cudaMemcpyHostToDevice,
-                          stream_),
-          "copying weights");
-    Done();
-  }
-  void Done() { Check(cudaEventRecord(stages_[current_].free, stream_), "recording an event"); }
-
-  const PluginWeights& source_;
-  const cudaStream_t stream_;
-  const int64_t staging_floats_;
-  Stage stages_[2];
-  int current_ = 0;
-};
-
-Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activation_dtype,
-                 const PluginWeights& source, cudaStream_t stream) {
+Weights::Weights(const engine::PluginConfig& config, const engine::PluginOptions& options,
+                 DType dtype, DType activation_dtype, const PluginWeights& source,
+                 cudaStream_t stream) {
   const int32_t h = config.hidden_size;
   const int32_t wide = config.intermediate_size;
   layers_.resize(static_cast<size_t>(config.num_layers));
@@ -241,8 +123,8 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
   step_bytes_ = total - static_cast<uint64_t>(step_begin);
   if (config.head_is_tied) embedding_ = head_;
 
-  const int64_t longest_row = std::max<int64_t>(2 * h, wide);
-  Loader loader(source, std::max(kStagingFloats, longest_row), stream);
+  const std::unique_ptr<Loader> made = MakeLoader(config, options, source, stream);
+  Loader& loader = *made;
   uint64_t done = 0;
   const auto report = [&](uint64_t bytes) {
     done = std::min(done + bytes, total);
@@ -250,9 +132,9 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
   };
   loader.Positions(config.max_positions, h, positions_);
   loader.FinalNorm(final_norm_, h);
-  loader.Rows(Loader::Table::kHead, head_);
-  loader.Fold(head_, final_norm_, folded_final_);
-  if (!config.head_is_tied) loader.Rows(Loader::Table::kEmbedding, embedding_);
+  loader.Rows(engine::End::kHead, head_);
+  Fold(head_, final_norm_, folded_final_, stream);
+  if (!config.head_is_tied) loader.Rows(engine::End::kEmbedding, embedding_);
   CheckReader(source.release_ends(source.self));
   report(static_cast<uint64_t>(step_begin + head_.row_bytes * head_.out));
 
@@ -269,16 +151,16 @@ Weights::Weights(const engine::PluginConfig& config, DType dtype, DType activati
     loader.Vector(i, Vector::kAttentionOutBias, h, layer.attention_out.bias);
     loader.Vector(i, Vector::kFeedForwardInBias, wide, layer.feed_forward_in.bias);
     loader.Vector(i, Vector::kFeedForwardOutBias, h, layer.feed_forward_out.bias);
-    loader.Bias16(layer.qkv, activation_dtype, layer.qkv_bias16);
-    loader.Bias16(layer.feed_forward_in, activation_dtype, layer.feed_forward_in_bias16);
+    PackBias16(layer.qkv, activation_dtype, layer.qkv_bias16, stream);
+    PackBias16(layer.feed_forward_in, activation_dtype, layer.feed_forward_in_bias16, stream);
     loader.Columns(i, engine::Matrix::kQuery, h, layer.qkv, 0);
     loader.Columns(i, engine::Matrix::kKey, h, layer.qkv, h);
     loader.Columns(i, engine::Matrix::kValue, h, layer.qkv, 2 * h);
     loader.Columns(i, engine::Matrix::kAttentionOut, h, layer.attention_out, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardIn, wide, layer.feed_forward_in, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardOut, h, layer.feed_forward_out, 0);
-    loader.Fold(layer.qkv, layer.norm1, layer.folded1);
-    loader.Fold(layer.feed_forward_in, layer.norm2, layer.folded2);
+    Fold(layer.qkv, layer.norm1, layer.folded1, stream);
+    Fold(layer.feed_forward_in, layer.norm2, layer.folded2, stream);
     CheckReader(source.release_layer(source.self, i));
     report(static_cast<uint64_t>(layer.qkv.row_bytes * layer.qkv.out +
                                  layer.attention_out.row_bytes * layer.attention_out.out +

@@ -30,8 +30,8 @@ struct LayerWeights {
 class Weights {
  public:
   // Reads, converts on the device, releases the source layer by layer. Throws base::Error.
-  Weights(const engine::PluginConfig& config, DType dtype, DType activation_dtype,
-          const engine::PluginWeights& source, cudaStream_t stream);
+  Weights(const engine::PluginConfig& config, const engine::PluginOptions& options, DType dtype,
+          DType activation_dtype, const engine::PluginWeights& source, cudaStream_t stream);
 
   const std::vector<LayerWeights>& layers() const { return layers_; }
   const Matrix& head() const { return head_; }
@@ -45,8 +45,6 @@ class Weights {
   uint64_t step_bytes() const { return step_bytes_; }
 
  private:
-  class Loader;
-
   DeviceMemory memory_;
   std::vector<LayerWeights> layers_;
   Matrix head_, embedding_;

@@ -16,6 +16,21 @@
 
 namespace fastgen::engine {
 
+// Where memory lies that a caller gives: on the host, or on a CUDA device, where it belongs to the
+// order of a stream.
+struct Place {
+  int32_t cuda_index = -1;  // -1: the host
+  void* stream = nullptr;
+
+  bool on_host() const { return cuda_index < 0; }
+};
+
+// -1 for "cpu", else the index of "cuda" or "cuda:<index>". Throws an error that begins with
+// "<option>=<device>" for any other name.
+int32_t CudaIndex(const std::string& device, const char* option);
+// "cpu", "cuda:1".
+std::string DeviceName(int32_t cuda_index);
+
 // What a device needs to know of a sequence before its first token.
 struct SequenceSpec {
   const int32_t* prompt = nullptr;  // [prompt_length], read during Open()
@@ -41,6 +56,7 @@ struct DecodeResult {
 
 struct DeviceInfo {
   std::string device;        // "cpu", "cuda"
+  int32_t cuda_index = -1;   // of a CUDA device
   std::string isa;           // kernel set in use
   std::string weight_dtype;  // "float32"
   int32_t num_threads = 0;
@@ -79,6 +95,13 @@ class Device {
   virtual int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
                          DecodeResult* results, float* logits) = 0;
 
+  // Copies from and to memory of the device's own, in the order of the caller's `stream`. `what` names
+  // the memory in an error. The host has what it reads when the call returns, and may change what it
+  // writes. For a device whose cuda_index is not -1.
+  virtual void ReadMemory(const void* from, size_t bytes, void* stream, const char* what, void* to);
+  virtual void WriteMemory(const void* from, size_t bytes, void* stream, const char* what,
+                           void* to);
+
   // Best of `passes` reads of a buffer of `bytes`, in bytes per second.
   virtual double MeasureReadBandwidth(uint64_t bytes, int32_t passes) = 0;
 };
@@ -89,7 +112,13 @@ struct DeviceOptions {
   std::string weight_dtype = "float32";
   int32_t num_threads = 0;
   Progress progress;
+  Place tensors;  // where the tensors of a model made of memory lie
 };
+
+// Tensors of a caller in the memory that `options.tensors` names, for the device that `options` name:
+// throws Error(kInvalidArgument) if that cannot read them.
+std::unique_ptr<io::TensorSource> MakeTensorSource(std::vector<io::TensorView> tensors,
+                                                   const DeviceOptions& options);
 
 // Packs `weights` for the device that `options` name. The source may be dropped afterwards; it is
 // released tensor by tensor while packing, so that memory holds one copy.

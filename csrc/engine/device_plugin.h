@@ -15,7 +15,7 @@ namespace fastgen::engine {
 
 // Rises whenever a structure below changes, or one of those it passes on: SequenceSpec,
 // PrefillChunk, DecodeResult, SamplingParams.
-constexpr uint32_t kDevicePluginVersion = 1;
+constexpr uint32_t kDevicePluginVersion = 2;
 // The function that a plug-in exports: const DevicePlugin* fastgen_device_plugin(void).
 constexpr char kDevicePluginEntry[] = "fastgen_device_plugin";
 
@@ -32,12 +32,26 @@ struct PluginConfig {
 struct PluginOptions {
   int32_t device_index;
   const char* weight_dtype;
+  // 1: the weights lie in memory of the device as the work that is on `stream` leaves them, and the
+  // find_ functions of PluginWeights say where; 0: its read_ functions give them.
+  int32_t weights_on_device;
+  void* stream;
 };
 
-// The network's weights as float32, see WeightSource. A reader that fails makes create() fail, and the
-// error that is reported is the reader's own.
+// A tensor, or part of one, in memory of the device: see WeightSource::Part.
+struct PluginPart {
+  const void* data;  // of the tensor
+  int32_t dtype;     // io::DType, but kOther
+  int64_t rows;      // 1 of a vector
+  int64_t row_size;  // elements from a row to the next
+  int64_t size, offset, group_size, group_stride;
+};
+
+// The network's weights. A function that fails makes create() fail, and the error that is reported is
+// its own.
 struct PluginWeights {
   void* self;
+  // As float32 into memory of the host, see WeightSource.
   int (*read_columns)(void* self, int32_t layer, int32_t matrix, int64_t begin, int64_t end,
                       float* out, int64_t ld);
   int (*read_vector)(void* self, int32_t layer, int32_t vector, float* out);
@@ -45,6 +59,10 @@ struct PluginWeights {
   int (*read_embedding_rows)(void* self, int64_t begin, int64_t end, float* out);
   int (*read_position_rows)(void* self, int64_t begin, int64_t end, float* out);
   int (*read_head_rows)(void* self, int64_t begin, int64_t end, float* out);
+  // Where they lie on the device.
+  int (*find_matrix)(void* self, int32_t layer, int32_t matrix, PluginPart* part);
+  int (*find_vector)(void* self, int32_t layer, int32_t vector, PluginPart* part);
+  int (*find_end)(void* self, int32_t end, PluginPart* part);
   int (*release_layer)(void* self, int32_t layer);
   int (*release_ends)(void* self);
   int (*report_progress)(void* self, uint64_t done, uint64_t total);
@@ -56,6 +74,14 @@ struct PluginInfo {
   char weight_dtype[32];
   uint64_t weight_bytes, step_bytes, cache_bytes_per_token;
   int32_t prefill_tokens;
+};
+
+// Memory of a device that the caller of the C API has named.
+struct PluginBuffer {
+  const char* name;  // for messages
+  const void* data;
+  uint64_t bytes;
+  int32_t element_bytes;  // `data` must be a multiple of it
 };
 
 struct DevicePlugin {
@@ -74,6 +100,20 @@ struct DevicePlugin {
                 DecodeResult* results, float* logits, int32_t* steps, PluginError* error);
   int (*measure_read_bandwidth)(void* device, uint64_t bytes, int32_t passes,
                                 double* bytes_per_second, PluginError* error);
+  // See Device::ReadMemory and WriteMemory.
+  int (*read_memory)(void* device, const PluginBuffer* from, void* stream, void* to,
+                     PluginError* error);
+  int (*write_memory)(void* device, const void* from, void* stream, const PluginBuffer* to,
+                      PluginError* error);
+
+  // Of memory that no device of the plug-in's has been made for yet: whether all of it lies on the
+  // device, its sum (see fastgen_checksum), and whether two buffers of the same size are equal.
+  int (*check_memory)(int32_t device_index, const PluginBuffer* buffers, size_t count,
+                      PluginError* error);
+  int (*checksum)(int32_t device_index, const PluginBuffer* buffers, size_t count, void* stream,
+                  uint64_t* sum, PluginError* error);
+  int (*equal)(int32_t device_index, const PluginBuffer* a, const PluginBuffer* b, void* stream,
+               int32_t* equal, PluginError* error);
 };
 
 }  // namespace fastgen::engine

@@ -73,19 +73,6 @@ const DevicePlugin& CudaPlugin() {
   return *plugin;
 }
 
-// "cuda" or "cuda:<index>".
-int32_t DeviceIndex(const std::string& device) {
-  const bool named = device == "cuda" || device.compare(0, 5, "cuda:") == 0;
-  const std::string digits = device.size() < 5 ? "0" : device.substr(5);
-  char* end = nullptr;
-  const long index = std::strtol(digits.c_str(), &end, 10);
-  if (!named || digits.empty() || *end || index < 0 || index > 1023) {
-    throw base::Error(FASTGEN_INVALID_ARGUMENT,
-                      "device=" + device + " is neither cuda nor cuda:<index>");
-  }
-  return static_cast<int32_t>(index);
-}
-
 // Hands a WeightSource to C. What it throws waits here until the plug-in has returned.
 class Reader {
  public:
@@ -117,6 +104,19 @@ class Reader {
     t.read_head_rows = [](void* self, int64_t begin, int64_t end, float* out) {
       return Guard(self, [&](Reader& r) { r.weights_.ReadHeadRows(begin, end, out); });
     };
+    t.find_matrix = [](void* self, int32_t layer, int32_t matrix, PluginPart* part) {
+      return Guard(self, [&](Reader& r) {
+        *part = PartOf(r.weights_.matrix(layer, static_cast<Matrix>(matrix)));
+      });
+    };
+    t.find_vector = [](void* self, int32_t layer, int32_t vector, PluginPart* part) {
+      return Guard(self, [&](Reader& r) {
+        *part = PartOf(r.weights_.vector(layer, static_cast<Vector>(vector)));
+      });
+    };
+    t.find_end = [](void* self, int32_t end, PluginPart* part) {
+      return Guard(self, [&](Reader& r) { *part = PartOf(r.weights_.end(static_cast<End>(end))); });
+    };
     t.release_layer = [](void* self, int32_t layer) {
       return Guard(self, [&](Reader& r) { r.weights_.ReleaseLayer(layer); });
     };
@@ -135,6 +135,20 @@ class Reader {
   }
 
  private:
+  static PluginPart PartOf(const WeightSource::Part& from) {
+    const io::TensorView& tensor = *from.tensor;
+    PluginPart part = {};
+    part.data = tensor.data;
+    part.dtype = static_cast<int32_t>(tensor.dtype);
+    part.rows = tensor.shape.size() == 1 ? 1 : tensor.shape[0];
+    part.row_size = tensor.shape.back();
+    part.size = from.size;
+    part.offset = from.offset;
+    part.group_size = from.group_size;
+    part.group_stride = from.group_stride;
+    return part;
+  }
+
   template <typename Call>
   static int Guard(void* self, const Call& call) {
     Reader& reader = *static_cast<Reader*>(self);
@@ -158,11 +172,13 @@ void Check(int status, const PluginError& error) {
 
 class PluginDevice : public Device {
  public:
-  PluginDevice(const DevicePlugin& plugin, void* device, const std::string& name)
+  PluginDevice(const DevicePlugin& plugin, void* device, const std::string& name,
+               int32_t cuda_index)
       : plugin_(plugin), device_(device) {
     PluginInfo info = {};
     plugin_.get_info(device_, &info);
     info_.device = name;
+    info_.cuda_index = cuda_index;
     info_.isa = info.architecture;
     info_.weight_dtype = info.weight_dtype;
     info_.weight_bytes = info.weight_bytes;
@@ -201,6 +217,18 @@ class PluginDevice : public Device {
     Check(plugin_.decode(device_, slots, count, max_steps, results, logits, &steps, &error), error);
     return steps;
   }
+  void ReadMemory(const void* from, size_t bytes, void* stream, const char* what,
+                  void* to) override {
+    const PluginBuffer buffer = {what, from, bytes, 1};
+    PluginError error = {};
+    Check(plugin_.read_memory(device_, &buffer, stream, to, &error), error);
+  }
+  void WriteMemory(const void* from, size_t bytes, void* stream, const char* what,
+                   void* to) override {
+    const PluginBuffer buffer = {what, to, bytes, 1};
+    PluginError error = {};
+    Check(plugin_.write_memory(device_, from, stream, &buffer, &error), error);
+  }
   double MeasureReadBandwidth(uint64_t bytes, int32_t passes) override {
     double bandwidth = 0.0;
     PluginError error = {};
@@ -214,12 +242,63 @@ class PluginDevice : public Device {
   DeviceInfo info_;
 };
 
+std::vector<PluginBuffer> BuffersOf(const std::vector<io::TensorView>& tensors) {
+  std::vector<PluginBuffer> buffers;
+  buffers.reserve(tensors.size());
+  for (const io::TensorView& tensor : tensors) {
+    buffers.push_back({tensor.name.c_str(), tensor.data, tensor.num_bytes(),
+                       static_cast<int32_t>(io::DTypeSize(tensor.dtype))});
+  }
+  return buffers;
+}
+
+class CudaTensorSource : public io::MemoryTensorSource {
+ public:
+  CudaTensorSource(std::vector<io::TensorView> tensors, const Place& place)
+      : MemoryTensorSource(std::move(tensors)), plugin_(CudaPlugin()), place_(place) {
+    const std::vector<PluginBuffer> buffers = BuffersOf(this->tensors());
+    PluginError error = {};
+    Check(plugin_.check_memory(place_.cuda_index, buffers.data(), buffers.size(), &error), error);
+  }
+
+  bool Equal(const io::TensorView& a, const io::TensorView& b) override {
+    const std::vector<io::TensorView> both = {a, b};
+    const std::vector<PluginBuffer> buffers = BuffersOf(both);
+    int32_t equal = 0;
+    PluginError error = {};
+    Check(plugin_.equal(place_.cuda_index, &buffers[0], &buffers[1], place_.stream, &equal, &error),
+          error);
+    return equal == 1;
+  }
+
+ private:
+  const DevicePlugin& plugin_;
+  const Place place_;
+};
+
 }  // namespace
+
+std::unique_ptr<io::TensorSource> MakeCudaTensorSource(std::vector<io::TensorView> tensors,
+                                                       const Place& place) {
+  return std::make_unique<CudaTensorSource>(std::move(tensors), place);
+}
+
+uint64_t CudaChecksum(const std::vector<io::TensorView>& tensors, const Place& place) {
+  const std::vector<PluginBuffer> buffers = BuffersOf(tensors);
+  uint64_t sum = 0;
+  PluginError error = {};
+  Check(CudaPlugin().checksum(place.cuda_index, buffers.data(), buffers.size(), place.stream, &sum,
+                              &error),
+        error);
+  return sum;
+}
 
 std::unique_ptr<Device> MakeCudaDevice(const ModelConfig& config, WeightSource& weights,
                                        const DeviceOptions& options) {
   PluginOptions plugin_options = {};
-  plugin_options.device_index = DeviceIndex(options.device);
+  plugin_options.device_index = CudaIndex(options.device, "device");
+  plugin_options.weights_on_device = options.tensors.on_host() ? 0 : 1;
+  plugin_options.stream = options.tensors.stream;
   if (!options.isa.empty()) {
     throw base::Error(FASTGEN_INVALID_ARGUMENT,
                       "isa=" + options.isa + " is for device=cpu, with device=" + options.device +
@@ -244,7 +323,8 @@ std::unique_ptr<Device> MakeCudaDevice(const ModelConfig& config, WeightSource& 
   reader.Rethrow();
   Check(status, error);
   try {
-    return std::make_unique<PluginDevice>(plugin, device, options.device);
+    return std::make_unique<PluginDevice>(plugin, device, options.device,
+                                          plugin_options.device_index);
   } catch (...) {
     plugin.destroy(device);
     throw;

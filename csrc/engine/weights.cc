@@ -1,7 +1,6 @@
 #include "engine/weights.h"
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <set>
 
@@ -271,19 +270,7 @@ WeightSource::WeightSource(const ModelConfig& config, io::TensorSource& source,
 
 bool WeightSource::HeadEqualsEmbedding() {
   if (head_->dtype != embedding_->dtype) return false;
-  if (head_->data == embedding_->data) return true;
-  // Piece by piece, so that looking does not bring both into memory.
-  constexpr uint64_t kPiece = uint64_t{4} << 20;
-  const uint64_t size = static_cast<uint64_t>(head_->num_elements()) * io::DTypeSize(head_->dtype);
-  bool equal = true;
-  for (uint64_t begin = 0; equal && begin < size; begin += kPiece) {
-    const uint64_t end = std::min(size, begin + kPiece);
-    equal = std::memcmp(static_cast<const char*>(head_->data) + begin,
-                        static_cast<const char*>(embedding_->data) + begin, end - begin) == 0;
-    source_.ReleaseBytes(*head_, begin, end);
-    source_.ReleaseBytes(*embedding_, begin, end);
-  }
-  return equal;
+  return head_->data == embedding_->data || source_.Equal(*head_, *embedding_);
 }
 
 void WeightSource::ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
@@ -322,12 +309,12 @@ void WeightSource::ReadRows(const io::TensorView& table, int64_t begin, int64_t 
 
 void WeightSource::ReadColumns(int32_t layer, Matrix which, int64_t begin, int64_t end, float* out,
                                int64_t ld) const {
-  const Part& part = layers_[static_cast<size_t>(layer)].matrices[Index(which)];
+  const Part& part = matrix(layer, which);
   ReadPart(part, part.tensor->shape[0], begin, end, out, ld);
 }
 
 void WeightSource::ReadVector(int32_t layer, Vector which, float* out) const {
-  const Part& part = layers_[static_cast<size_t>(layer)].vectors[Index(which)];
+  const Part& part = vector(layer, which);
   ReadPart(part, 1, 0, part.size, out, part.size);
 }
 
@@ -348,6 +335,27 @@ void WeightSource::ReadPositionRows(int64_t begin, int64_t end, float* out) cons
 
 void WeightSource::ReadHeadRows(int64_t begin, int64_t end, float* out) const {
   ReadRows(head_ != nullptr ? *head_ : *embedding_, begin, end, out);
+}
+
+const WeightSource::Part& WeightSource::matrix(int32_t layer, Matrix which) const {
+  return layers_[static_cast<size_t>(layer)].matrices[Index(which)];
+}
+
+const WeightSource::Part& WeightSource::vector(int32_t layer, Vector which) const {
+  return layers_[static_cast<size_t>(layer)].vectors[Index(which)];
+}
+
+WeightSource::Part WeightSource::end(End which) const {
+  const io::TensorView* tensor = nullptr;
+  switch (which) {
+    case End::kEmbedding: tensor = embedding_; break;
+    case End::kPositions: tensor = positions_; break;
+    case End::kHead: tensor = head_ != nullptr ? head_ : embedding_; break;
+    case End::kFinalNormWeight: tensor = final_norm_weight_; break;
+    case End::kFinalNormBias: tensor = final_norm_bias_; break;
+  }
+  const int64_t size = tensor->shape.back();
+  return {tensor, size, 0, size, 0};
 }
 
 void WeightSource::ReleaseLayer(int32_t layer) {

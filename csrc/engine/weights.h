@@ -28,6 +28,8 @@ enum class Vector {
   kFeedForwardInBias,
   kFeedForwardOutBias,
 };
+// What does not belong to a layer.
+enum class End { kEmbedding, kPositions, kHead, kFinalNormWeight, kFinalNormBias };
 constexpr int kNumMatrices = 6;
 constexpr int kNumVectors = 10;
 
@@ -42,6 +44,18 @@ constexpr int kNumVectors = 10;
 // Reading and releasing are safe from several threads at once. What is released may still be read.
 class WeightSource {
  public:
+  // Where one role lies in a stored tensor [in, stored columns] (or [stored columns]), which q, k
+  // and v may share. Its columns come in groups of `group_size` that lie `group_stride` apart:
+  //   stored column = offset + column / group_size * group_stride + column % group_size
+  // One group unless a head's q, k and v lie side by side.
+  struct Part {
+    const io::TensorView* tensor = nullptr;
+    int64_t size = 0;  // columns of this role
+    int64_t offset = 0;
+    int64_t group_size = 0;
+    int64_t group_stride = 0;
+  };
+
   WeightSource(const ModelConfig& config, io::TensorSource& source, const std::string& where);
 
   // Columns [begin, end) of the [in, out] matrix as float32: out[row * ld + (column - begin)].
@@ -58,22 +72,17 @@ class WeightSource {
   // The head is the word embedding, or equal to it byte for byte.
   bool head_is_tied() const { return head_ == nullptr; }
 
+  // Where the roles lie, for who reads tensors that are not in memory of the host. The rows of a matrix
+  // and of a table are those of its tensor, a vector is one row.
+  const Part& matrix(int32_t layer, Matrix which) const;
+  const Part& vector(int32_t layer, Vector which) const;
+  Part end(End which) const;
+
   // Everything that belongs to a layer / to the ends of the network has been packed.
   void ReleaseLayer(int32_t layer);
   void ReleaseEnds();
 
  private:
-  // Where one role lies in a stored tensor [in, stored columns] (or [stored columns]), which q, k
-  // and v may share. Its columns come in groups of `group_size` that lie `group_stride` apart:
-  //   stored column = offset + column / group_size * group_stride + column % group_size
-  // One group unless a head's q, k and v lie side by side.
-  struct Part {
-    const io::TensorView* tensor = nullptr;
-    int64_t size = 0;  // columns of this role
-    int64_t offset = 0;
-    int64_t group_size = 0;
-    int64_t group_stride = 0;
-  };
   struct Layer {
     Part matrices[kNumMatrices];
     Part vectors[kNumVectors];

@@ -1,5 +1,6 @@
 #include "io/tensor.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fastgen::io {
@@ -62,6 +63,10 @@ int64_t TensorView::num_elements() const {
   return count;
 }
 
+uint64_t TensorView::num_bytes() const {
+  return static_cast<uint64_t>(num_elements()) * DTypeSize(dtype);
+}
+
 std::string TensorView::ShapeText() const { return io::ShapeText(shape); }
 
 std::string TensorView::TypeText() const {
@@ -103,7 +108,21 @@ void ToFloat32(DType dtype, const void* source, int64_t count, float* __restrict
 }
 
 void TensorSource::Release(const TensorView& tensor) {
-  ReleaseBytes(tensor, 0, static_cast<uint64_t>(tensor.num_elements()) * DTypeSize(tensor.dtype));
+  ReleaseBytes(tensor, 0, tensor.num_bytes());
+}
+
+bool TensorSource::Equal(const TensorView& a, const TensorView& b) {
+  constexpr uint64_t kPiece = uint64_t{4} << 20;
+  const uint64_t size = a.num_bytes();
+  bool equal = true;
+  for (uint64_t begin = 0; equal && begin < size; begin += kPiece) {
+    const uint64_t end = std::min(size, begin + kPiece);
+    equal = std::memcmp(static_cast<const char*>(a.data) + begin,
+                        static_cast<const char*>(b.data) + begin, end - begin) == 0;
+    ReleaseBytes(a, begin, end);
+    ReleaseBytes(b, begin, end);
+  }
+  return equal;
 }
 
 }  // namespace fastgen::io

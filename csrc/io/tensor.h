@@ -25,6 +25,7 @@ struct TensorView {
   std::string stored_type;  // the file's own word for the type, when it is kOther
 
   int64_t num_elements() const;
+  uint64_t num_bytes() const;
   // "[768, 2304]", for messages.
   std::string ShapeText() const;
   // "float32", or the file's own word.
@@ -48,6 +49,9 @@ class TensorSource {
   virtual void ReleaseBytes(const TensorView& tensor, uint64_t begin, uint64_t end) = 0;
   // The same for the whole tensor.
   void Release(const TensorView& tensor);
+  // Whether two tensors of the same shape and type have the same bytes. Does not bring more than a
+  // piece of them into memory at a time.
+  virtual bool Equal(const TensorView& a, const TensorView& b);
 };
 
 // Tensors that the caller owns and keeps.

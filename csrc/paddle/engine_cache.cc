@@ -1,88 +1,10 @@
 #include "engine_cache.h"
 
-#include <sched.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <system_error>
-#include <thread>
 #include <utility>
 
 namespace fastgen::paddle {
 namespace {
-
-uint64_t RotateLeft(uint64_t value, int bits) { return (value << bits) | (value >> (64 - bits)); }
-
-// One step is a bijection of the word for a given state, so a change of one word always shows; the
-// rotation lets changes of high bits reach the low ones.
-uint64_t Mix(uint64_t state, uint64_t word) {
-  return RotateLeft((state ^ word) * 0x9E3779B97F4A7C15ull, 29);
-}
-
-// Reads memory at the speed the memory has: eight independent chains hide the multiplications.
-uint64_t Checksum(const void* data, size_t bytes, uint64_t seed) {
-  constexpr size_t kLanes = 8;
-  constexpr size_t kBlock = kLanes * sizeof(uint64_t);
-  uint64_t lanes[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) lanes[i] = seed + i;
-  const char* at = static_cast<const char*>(data);
-  size_t left = bytes;
-  for (; left >= kBlock; left -= kBlock, at += kBlock) {
-    uint64_t words[kLanes];
-    std::memcpy(words, at, kBlock);
-    for (size_t i = 0; i < kLanes; ++i) lanes[i] = Mix(lanes[i], words[i]);
-  }
-  uint64_t tail[kLanes] = {};
-  if (left > 0) std::memcpy(tail, at, left);
-  uint64_t sum = bytes;
-  for (size_t i = 0; i < kLanes; ++i) sum = Mix(sum, Mix(lanes[i], tail[i]));
-  return sum;
-}
-
-size_t UsableProcessors() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-  return static_cast<size_t>(std::max(1, CPU_COUNT(&set)));
-}
-
-// Over pieces of a few megabytes, whose sums are mixed in order: the same whoever reads a piece.
-// Memory is read faster by several processors, and this runs before every call.
-uint64_t Checksum(const std::vector<Weight>& weights) {
-  constexpr size_t kPiece = size_t{1} << 22;
-  struct Piece {
-    const char* data;
-    size_t bytes;
-    uint64_t sum;
-  };
-  std::vector<Piece> pieces;
-  for (const Weight& weight : weights) {
-    const char* data = static_cast<const char*>(weight.data);
-    for (size_t at = 0; at < weight.bytes; at += kPiece) {
-      pieces.push_back({data + at, std::min(kPiece, weight.bytes - at), 0});
-    }
-  }
-  size_t total = 0;
-  for (const Piece& piece : pieces) total += piece.bytes;
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    for (size_t i = next++; i < pieces.size(); i = next++) {
-      pieces[i].sum = Checksum(pieces[i].data, pieces[i].bytes, i);
-    }
-  };
-  std::vector<std::thread> helpers;
-  const size_t wanted = std::min<size_t>({total / (8 * kPiece), 7, UsableProcessors() - 1});
-  try {
-    for (size_t i = 0; i < wanted; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // Fewer helpers do it too.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  uint64_t sum = weights.size();
-  for (const Piece& piece : pieces) sum = Mix(sum, piece.sum);
-  return sum;
-}
 
 bool SameMemory(const Weight& a, const Weight& b) {
   return !a.memory.owner_before(b.memory) && !b.memory.owner_before(a.memory) && a.data == b.data &&
@@ -102,8 +24,7 @@ bool SameConfig(const fastgen_config& a, const fastgen_config& b) {
          a.layer_norm_eps == b.layer_norm_eps;
 }
 
-std::shared_ptr<fastgen_model> Build(const fastgen_config& config,
-                                     const std::vector<Weight>& weights) {
+std::vector<fastgen_tensor> TensorsOf(const std::vector<Weight>& weights) {
   std::vector<fastgen_tensor> tensors(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& weight = weights[i];
@@ -119,8 +40,29 @@ std::shared_ptr<fastgen_model> Build(const fastgen_config& config,
     tensor.num_dims = static_cast<int32_t>(weight.shape.size());
     std::copy(weight.shape.begin(), weight.shape.end(), tensor.shape);
   }
+  return tensors;
+}
+
+uint64_t Checksum(const std::vector<Weight>& weights, const Placement& placement) {
+  const std::vector<fastgen_tensor> tensors = TensorsOf(weights);
+  uint64_t sum = 0;
+  CheckStatus(fastgen_checksum(tensors.data(), tensors.size(), placement.device.c_str(),
+                               placement.stream, &sum));
+  return sum;
+}
+
+std::shared_ptr<fastgen_model> Build(const fastgen_config& config,
+                                     const std::vector<Weight>& weights,
+                                     const Placement& placement) {
+  const std::vector<fastgen_tensor> tensors = TensorsOf(weights);
+  fastgen_model_options options;
+  fastgen_model_options_init(&options);
+  options.device = placement.device.c_str();
+  options.weight_dtype = placement.weight_dtype.c_str();
+  options.tensor_device = placement.device.c_str();
+  options.stream = placement.stream;
   fastgen_model* model = nullptr;
-  CheckStatus(fastgen_model_create(&config, tensors.data(), tensors.size(), nullptr, &model));
+  CheckStatus(fastgen_model_create(&config, tensors.data(), tensors.size(), &options, &model));
   return std::shared_ptr<fastgen_model>(model, fastgen_model_free);
 }
 
@@ -147,12 +89,13 @@ EngineCache& EngineCache::Instance() {
 
 std::shared_ptr<fastgen_model> EngineCache::Get(const fastgen_config& config,
                                                 const std::vector<Weight>& weights,
-                                                WeightCheck check, int64_t owner) {
+                                                const Placement& placement, WeightCheck check,
+                                                int64_t owner) {
   // Taken before anything is packed: a change made meanwhile shows in the next call.
-  uint64_t checksum = check == WeightCheck::kContent ? Checksum(weights) : 0;
+  uint64_t checksum = check == WeightCheck::kContent ? Checksum(weights, placement) : 0;
   const auto reuse = [&](Garbage* garbage) -> std::shared_ptr<fastgen_model> {
     Sweep(garbage);
-    Entry* entry = Find(config, weights);
+    Entry* entry = Find(config, weights, placement);
     if (entry == nullptr) return nullptr;
     const bool current = check == WeightCheck::kContent ? entry->checksum == checksum
                                                         : SameVersions(entry->weights, weights);
@@ -175,18 +118,20 @@ std::shared_ptr<fastgen_model> EngineCache::Get(const fastgen_config& config,
     Garbage garbage;
     std::unique_lock<std::mutex> lock(mutex_);
     if (auto model = reuse(&garbage)) return model;
-    if (Entry* stale = Find(config, weights)) Erase(stale, &garbage);
+    if (Entry* stale = Find(config, weights, placement)) Erase(stale, &garbage);
     if (owner != 0) Disown(owner, nullptr, &garbage);
     lock.unlock();
     garbage.clear();
   }
-  if (check == WeightCheck::kIdentity) checksum = Checksum(weights);
+  if (check == WeightCheck::kIdentity) checksum = Checksum(weights, placement);
   auto entry = std::make_unique<Entry>();
   entry->config = config;
   entry->weights = weights;
+  entry->device = placement.device;
+  entry->weight_dtype = placement.weight_dtype;
   entry->checksum = checksum;
   entry->owners.insert(owner);
-  entry->model = Build(config, weights);
+  entry->model = Build(config, weights, placement);
   auto model = entry->model;
   Garbage garbage;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -235,9 +180,11 @@ void EngineCache::Disown(int64_t owner, const Entry* except, Garbage* garbage) {
 }
 
 EngineCache::Entry* EngineCache::Find(const fastgen_config& config,
-                                      const std::vector<Weight>& weights) {
+                                      const std::vector<Weight>& weights,
+                                      const Placement& placement) {
   for (const auto& entry : entries_) {
-    if (SameConfig(entry->config, config) &&
+    if (SameConfig(entry->config, config) && entry->device == placement.device &&
+        entry->weight_dtype == placement.weight_dtype &&
         std::equal(entry->weights.begin(), entry->weights.end(), weights.begin(), weights.end(),
                    SameMemory)) {
       return entry.get();

@@ -36,9 +36,15 @@ struct Weight {
   const void* data = nullptr;
   fastgen_dtype dtype = FASTGEN_FLOAT32;
   std::vector<int64_t> shape;
-  size_t bytes = 0;
   std::weak_ptr<void> memory;  // expires when the framework gives the memory back
   uint32_t version = 0;        // the framework's count of in-place changes
+};
+
+// Where the weights of a call lie and how they are to be packed.
+struct Placement {
+  std::string device = "cpu";  // "cuda:<index>": memory of that GPU, on which the engine runs too
+  void* stream = nullptr;      // what the framework does with that memory is put on it
+  std::string weight_dtype;
 };
 
 // The memory of a weight whose end cannot be observed.
@@ -46,7 +52,8 @@ std::weak_ptr<void> UnknownMemory();
 
 // How a call finds out that weights were changed in place.
 enum class WeightCheck {
-  kContent,   // by a checksum over all bytes: optimizers and Tensor.set_value() count nothing
+  kContent,  // by a checksum over all bytes, made where they lie: optimizers and Tensor.set_value()
+             // count nothing
   kIdentity,  // by memory and version only: for weights that nobody writes to
 };
 
@@ -63,8 +70,8 @@ class EngineCache {
   // lives as long as its weights. An owner has one engine at a time. Of engines whose weights'
   // memory is unknown, the kMaxUnknown used last are kept.
   std::shared_ptr<fastgen_model> Get(const fastgen_config& config,
-                                     const std::vector<Weight>& weights, WeightCheck check,
-                                     int64_t owner);
+                                     const std::vector<Weight>& weights, const Placement& placement,
+                                     WeightCheck check, int64_t owner);
 
   // `owner` needs its engine no longer.
   void Release(int64_t owner);
@@ -78,6 +85,7 @@ class EngineCache {
   struct Entry {
     fastgen_config config;
     std::vector<Weight> weights;
+    std::string device, weight_dtype;
     uint64_t checksum = 0;
     std::set<int64_t> owners;
     std::shared_ptr<fastgen_model> model;
@@ -88,7 +96,8 @@ class EngineCache {
   using Garbage = std::vector<std::shared_ptr<fastgen_model>>;
   void Sweep(Garbage* garbage);
   void Disown(int64_t owner, const Entry* except, Garbage* garbage);
-  Entry* Find(const fastgen_config& config, const std::vector<Weight>& weights);
+  Entry* Find(const fastgen_config& config, const std::vector<Weight>& weights,
+              const Placement& placement);
   void Erase(const Entry* entry, Garbage* garbage);
   void EraseOldestUnknown(Garbage* garbage);
 

@@ -9,7 +9,8 @@
 //   MaxLength    [1] or [batch]   int32 or int64, new tokens
 //   Seed         [1] or [batch]   int64 holding the bits of a uint64; one seed is spread over the
 //                                 rows by index, a row with a seed of its own counts from 0
-//   Weight       list of tensors on the CPU, named by the attribute weight_names as PaddleNLP does
+//   Weight       list of tensors, named by the attribute weight_names as PaddleNLP does: all on the CPU, or
+//                all on one GPU, where the engine then runs and the outputs but OutputSeed are
 // Outputs
 //   OutputIds    [batch * num_return_sequences, longest]  int64: eos, then pad
 //   OutputScores [batch * num_return_sequences, 1]        float32
@@ -21,10 +22,12 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine_cache.h"
 #include "fastgen/fastgen.h"
+#include "gpu_stream.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 #include "paddle/phi/api/include/api.h"
 #include "paddle/phi/api/include/tensor.h"
@@ -148,11 +151,19 @@ std::weak_ptr<void> MemoryOf(const Tensor& tensor) {
 std::weak_ptr<void> MemoryOf(const Tensor&) { return UnknownMemory(); }
 #endif
 
+// As the C API calls it.
+std::string DeviceOf(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return "cuda:" + std::to_string(static_cast<int>(tensor.place().GetDeviceId()));
+}
+
 Weight DescribeWeight(const Tensor& tensor, const std::string& name) {
   if (!tensor.initialized() || !tensor.is_dense_tensor()) {
     Refuse("weight " + name + " is not an initialized dense tensor");
   }
-  if (!tensor.is_cpu()) Refuse("weight " + name + " is not on the CPU, where it must be");
+  if (!tensor.is_cpu() && !tensor.is_gpu()) {
+    Refuse("weight " + name + " is neither on the CPU nor on a GPU, where it must be");
+  }
   Weight weight;
   weight.name = name;
   weight.shape = tensor.shape();
@@ -165,7 +176,6 @@ Weight DescribeWeight(const Tensor& tensor, const std::string& name) {
       Refuse("weight " + name + " has type " + phi::DataTypeToString(tensor.dtype()) +
              ": it must be float32, float16 or bfloat16");
   }
-  weight.bytes = static_cast<size_t>(tensor.numel()) * (weight.dtype == FASTGEN_FLOAT32 ? 4u : 2u);
   weight.memory = MemoryOf(tensor);
   weight.version = const_cast<Tensor&>(tensor).current_inplace_version();
   return weight;
@@ -181,50 +191,79 @@ std::vector<Weight> DescribeWeights(const std::vector<Tensor>& tensors,
   weights.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     weights.push_back(DescribeWeight(tensors[i], names[i]));
+    if (tensors[i].place() != tensors[0].place()) {
+      Refuse("weight " + names[i] + " is on " + DeviceOf(tensors[i]) + " and weight " + names[0] +
+             " on " + DeviceOf(tensors[0]) + ": all weights must be in one place");
+    }
   }
   return weights;
 }
 
-// Everything of a call but the weights, in memory of its own.
+// The type that most of the weights have, by their elements: norms are often left in float32.
+std::string CommonType(const std::vector<Weight>& weights) {
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16"};
+  int64_t elements[] = {0, 0, 0};
+  for (const Weight& weight : weights) {
+    int64_t count = 1;
+    for (const int64_t size : weight.shape) count *= size;
+    elements[weight.dtype] += count;
+  }
+  return kNames[std::max_element(elements, elements + 3) - elements];
+}
+
+Placement PlacementOf(const std::vector<Tensor>& tensors, const std::vector<Weight>& weights,
+                      const std::string& weight_dtype) {
+  Placement placement;
+  placement.weight_dtype = weight_dtype;
+  const bool automatic = weight_dtype == "auto";
+  if (tensors.empty() || tensors[0].is_cpu()) {
+    if (automatic) placement.weight_dtype = "float32";
+    return placement;
+  }
+  placement.device = DeviceOf(tensors[0]);
+  placement.stream = CurrentStream(tensors[0].place());
+  if (automatic) placement.weight_dtype = CommonType(weights);
+  return placement;
+}
+
+// Everything of a call but the weights.
 struct Request {
-  size_t batch = 0;
+  Tensor input;  // [batch, width], on the CPU or where the weights are
+  std::vector<int64_t> lengths;
   int32_t num_return_sequences = 1;
   int32_t pad_token_id = -1;
   bool seed_per_row = false;
-  std::vector<std::vector<int32_t>> prompts;
   std::vector<fastgen_options> options;  // [batch]
+
+  size_t batch() const { return lengths.size(); }
 };
 
-struct Sequence {
-  std::vector<int32_t> tokens;
-  float score = 0.0f;
-  uint64_t seed = 0;
-};
+fastgen_dtype TokenType(const Tensor& tensor) {
+  return tensor.dtype() == DataType::INT64 ? FASTGEN_INT64 : FASTGEN_INT32;
+}
 
-std::vector<std::vector<int32_t>> ReadPrompts(const Tensor& input, const Tensor& start_length) {
+void ReadPrompts(const Tensor& input, const Tensor& start_length, const Placement& placement,
+                 Request* request) {
   const std::vector<int64_t> shape = input.shape();
   if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1) {
     Refuse("input_ids has shape " + ShapeText(shape) +
            ": it must be [batch, length] with at least one row and one token");
   }
+  if (input.dtype() != DataType::INT64 && input.dtype() != DataType::INT32) {
+    Refuse("input_ids must be int32 or int64");
+  }
   const auto batch = static_cast<size_t>(shape[0]);
   const int64_t length = shape[1];
-  const std::vector<int64_t> ids = ReadIntegers(input, "input_ids");
-  const std::vector<int64_t> lengths =
-      PerRow(ReadIntegers(start_length, "seq_len"), batch, "seq_len");
-  std::vector<std::vector<int32_t>> prompts(batch);
+  request->lengths = PerRow(ReadIntegers(start_length, "seq_len"), batch, "seq_len");
   for (size_t row = 0; row < batch; ++row) {
-    if (lengths[row] < 1 || lengths[row] > length) {
-      Refuse("seq_len[" + std::to_string(row) + "] is " + std::to_string(lengths[row]) +
+    if (request->lengths[row] < 1 || request->lengths[row] > length) {
+      Refuse("seq_len[" + std::to_string(row) + "] is " + std::to_string(request->lengths[row]) +
              ": it must be between 1 and " + std::to_string(length) + ", the width of input_ids");
     }
-    prompts[row].reserve(static_cast<size_t>(lengths[row]));
-    for (int64_t i = 0; i < lengths[row]; ++i) {
-      prompts[row].push_back(
-          ToInt32(ids[row * static_cast<size_t>(length) + static_cast<size_t>(i)], "a token id"));
-    }
   }
-  return prompts;
+  // What the engine does not reach: on another GPU, or on any for an engine on the CPU.
+  const bool reached = input.is_cpu() || (input.is_gpu() && DeviceOf(input) == placement.device);
+  request->input = reached ? input : input.copy_to(::paddle::CPUPlace(), true);
 }
 
 struct SessionDeleter {
@@ -247,81 +286,93 @@ void RunToEnd(fastgen_session* session, WithoutInterpreter* interpreter) {
   }
 }
 
-std::vector<Sequence> Generate(fastgen_model* model, const Request& request,
-                               WithoutInterpreter* interpreter) {
+struct Generated {
+  std::unique_ptr<fastgen_session, SessionDeleter> session;
+  std::vector<uint64_t> ids;
+};
+
+Generated Generate(fastgen_model* model, const Request& request, const Placement& placement,
+                   WithoutInterpreter* interpreter) {
+  Generated generated;
   fastgen_session* created = nullptr;
   CheckStatus(fastgen_session_create(model, nullptr, &created));
-  const std::unique_ptr<fastgen_session, SessionDeleter> session(created);
-  const auto per_row = static_cast<uint64_t>(request.num_return_sequences);
-  std::vector<uint64_t> ids;
-  for (size_t row = 0; row < request.batch; ++row) {
-    uint64_t first = 0;
-    const fastgen_status status =
-        fastgen_session_submit(session.get(), request.prompts[row].data(),
-                               request.prompts[row].size(), &request.options[row], &first);
-    if (status != FASTGEN_OK) {
-      const std::string where =
-          request.batch > 1 ? "row " + std::to_string(row) + " of input_ids: " : "";
-      throw StatusError(status, where + fastgen_last_error());
+  generated.session.reset(created);
+  std::vector<const fastgen_options*> options;
+  for (const fastgen_options& row : request.options) options.push_back(&row);
+  const std::string device = DeviceOf(request.input);
+  fastgen_batch batch;
+  fastgen_batch_init(&batch);
+  batch.tokens = request.input.data();
+  batch.dtype = TokenType(request.input);
+  batch.rows = request.batch();
+  batch.width = static_cast<size_t>(request.input.shape()[1]);
+  batch.lengths = request.lengths.data();
+  batch.options = options.data();
+  batch.device = device.c_str();
+  batch.stream = placement.stream;
+  std::vector<uint64_t> first(request.batch());
+  CheckStatus(fastgen_session_submit_batch(created, &batch, first.data()));
+  for (const uint64_t id : first) {
+    for (int32_t i = 0; i < request.num_return_sequences; ++i) {
+      generated.ids.push_back(id + static_cast<uint64_t>(i));
     }
-    for (uint64_t i = 0; i < per_row; ++i) ids.push_back(first + i);
   }
   interpreter->CheckSignals();
-  RunToEnd(session.get(), interpreter);
-  std::vector<Sequence> sequences;
-  for (const uint64_t id : ids) {
-    fastgen_sequence state = {};
-    state.struct_size = sizeof(state);
-    CheckStatus(fastgen_session_get(session.get(), id, &state));
-    sequences.push_back({{state.tokens, state.tokens + state.length}, state.score, state.seed});
-  }
-  return sequences;
+  RunToEnd(created, interpreter);
+  return generated;
 }
 
-std::vector<Tensor> MakeOutputs(const Request& request, const std::vector<Sequence>& sequences) {
+std::vector<Tensor> MakeOutputs(const Request& request, const Generated& generated,
+                                const ::paddle::Place& place, const Placement& placement) {
   size_t longest = 0;
-  size_t shortest = sequences[0].tokens.size();
-  for (const Sequence& sequence : sequences) {
-    longest = std::max(longest, sequence.tokens.size());
-    shortest = std::min(shortest, sequence.tokens.size());
+  size_t shortest = std::numeric_limits<size_t>::max();
+  std::vector<uint64_t> used_seeds;
+  for (const uint64_t id : generated.ids) {
+    fastgen_sequence state = {};
+    state.struct_size = sizeof(state);
+    CheckStatus(fastgen_session_get(generated.session.get(), id, &state));
+    longest = std::max(longest, state.length);
+    shortest = std::min(shortest, state.length);
+    used_seeds.push_back(state.seed);
   }
   if (shortest != longest && request.pad_token_id < 0) {
     Refuse("pad_token_id is none and the rows have " + std::to_string(shortest) + " to " +
            std::to_string(longest) + " tokens: it must name a token to pad them with");
   }
-  const auto rows = static_cast<int64_t>(sequences.size());
-  const ::paddle::CPUPlace cpu;
+  const auto rows = static_cast<int64_t>(generated.ids.size());
   Tensor ids =
-      ::paddle::experimental::empty({rows, static_cast<int64_t>(longest)}, DataType::INT64, cpu);
-  Tensor scores = ::paddle::experimental::empty({rows, 1}, DataType::FLOAT32, cpu);
-  auto* ids_out = ids.data<int64_t>();
-  auto* scores_out = scores.data<float>();
-  for (const Sequence& sequence : sequences) {
-    ids_out = std::copy(sequence.tokens.begin(), sequence.tokens.end(), ids_out);
-    ids_out = std::fill_n(ids_out, longest - sequence.tokens.size(), request.pad_token_id);
-    *scores_out++ = sequence.score;
-  }
-  const size_t num_seeds = request.seed_per_row ? request.batch : 1;
-  Tensor seeds =
-      ::paddle::experimental::empty({static_cast<int64_t>(num_seeds)}, DataType::INT64, cpu);
+      ::paddle::experimental::empty({rows, static_cast<int64_t>(longest)}, DataType::INT64, place);
+  Tensor scores = ::paddle::experimental::empty({rows, 1}, DataType::FLOAT32, place);
+  fastgen_batch_output output;
+  fastgen_batch_output_init(&output);
+  output.tokens = ids.data();
+  output.dtype = FASTGEN_INT64;
+  output.width = longest;
+  output.pad_token_id = request.pad_token_id;
+  output.scores = scores.data<float>();
+  output.device = placement.device.c_str();
+  output.stream = placement.stream;
+  CheckStatus(fastgen_session_get_batch(generated.session.get(), generated.ids.data(),
+                                        generated.ids.size(), &output));
+  const size_t num_seeds = request.seed_per_row ? request.batch() : 1;
+  Tensor seeds = ::paddle::experimental::empty({static_cast<int64_t>(num_seeds)}, DataType::INT64,
+                                               ::paddle::CPUPlace());
   for (size_t row = 0; row < num_seeds; ++row) {
-    seeds.data<int64_t>()[row] = static_cast<int64_t>(
-        sequences[row * static_cast<size_t>(request.num_return_sequences)].seed);
+    seeds.data<int64_t>()[row] =
+        static_cast<int64_t>(used_seeds[row * static_cast<size_t>(request.num_return_sequences)]);
   }
   return {ids, scores, seeds};
 }
 
-std::vector<Tensor> FusionGpt(const Tensor& input, const Tensor& start_length, const Tensor& top_k,
-                              const Tensor& top_p, const Tensor& temperature,
-                              const Tensor& max_length, const Tensor& seed,
-                              const std::vector<Tensor>& weights,
-                              std::vector<std::string> weight_names, int vocab_size,
-                              int max_positions, int hidden_size, int num_layers, int num_heads,
-                              int intermediate_size, float layer_norm_eps,
-                              std::string decode_strategy, int min_length, float repetition_penalty,
-                              int no_repeat_ngram_size, int num_return_sequences, int eos_token_id,
-                              int pad_token_id, int forced_bos_token_id, int forced_eos_token_id,
-                              bool draw_seed, std::string weight_check, int64_t owner) {
+std::vector<Tensor> FusionGpt(
+    const Tensor& input, const Tensor& start_length, const Tensor& top_k, const Tensor& top_p,
+    const Tensor& temperature, const Tensor& max_length, const Tensor& seed,
+    const std::vector<Tensor>& weights, std::vector<std::string> weight_names, int vocab_size,
+    int max_positions, int hidden_size, int num_layers, int num_heads, int intermediate_size,
+    float layer_norm_eps, std::string decode_strategy, int min_length, float repetition_penalty,
+    int no_repeat_ngram_size, int num_return_sequences, int eos_token_id, int pad_token_id,
+    int forced_bos_token_id, int forced_eos_token_id, bool draw_seed, std::string weight_check,
+    int64_t owner, std::string weight_dtype) {
   last_error = LastError();
   DropInterrupt();
   try {
@@ -347,12 +398,13 @@ std::vector<Tensor> FusionGpt(const Tensor& input, const Tensor& start_length, c
     common.forced_eos_token_id = forced_eos_token_id;
     common.has_seed = draw_seed ? 0 : 1;
 
+    const std::vector<Weight> described = DescribeWeights(weights, weight_names);
+    const Placement placement = PlacementOf(weights, described, weight_dtype);
     Request request;
-    request.prompts = ReadPrompts(input, start_length);
-    request.batch = request.prompts.size();
+    ReadPrompts(input, start_length, placement, &request);
     request.num_return_sequences = num_return_sequences;
     request.pad_token_id = pad_token_id;
-    const size_t batch = request.batch;
+    const size_t batch = request.batch();
     const auto top_ks = PerRow(ReadIntegers(top_k, "top_k"), batch, "top_k");
     const auto top_ps = PerRow(ReadFloats(top_p, "top_p"), batch, "top_p");
     const auto temperatures = PerRow(ReadFloats(temperature, "temperature"), batch, "temperature");
@@ -383,17 +435,16 @@ std::vector<Tensor> FusionGpt(const Tensor& input, const Tensor& start_length, c
     config.num_heads = num_heads;
     config.intermediate_size = intermediate_size;
     config.layer_norm_eps = layer_norm_eps;
-    const std::vector<Weight> described = DescribeWeights(weights, weight_names);
 
-    std::vector<Sequence> sequences;
+    Generated generated;
     {
       WithoutInterpreter interpreter;
       const auto model = EngineCache::Instance().Get(
-          config, described,
+          config, described, placement,
           weight_check == "content" ? WeightCheck::kContent : WeightCheck::kIdentity, owner);
-      sequences = Generate(model.get(), request, &interpreter);
+      generated = Generate(model.get(), request, placement, &interpreter);
     }
-    return MakeOutputs(request, sequences);
+    return MakeOutputs(request, generated, weights.at(0).place(), placement);
   } catch (const StatusError& error) {
     last_error.status = error.status();
     last_error.message = error.what();
@@ -476,7 +527,8 @@ PD_BUILD_OP(fusion_gpt)
             "forced_eos_token_id: int",
             "draw_seed: bool",
             "weight_check: std::string",
-            "owner: int64_t"})
+            "owner: int64_t",
+            "weight_dtype: std::string"})
     .SetKernelFn(PD_KERNEL(fastgen::paddle::FusionGpt))
     .SetInferShapeFn(PD_INFER_SHAPE(fastgen::paddle::InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastgen::paddle::InferDtype));

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgen import _capi
-from fastgen.testing.models import GPTShape, Tensors
+from fastgen.testing.models import GPTShape
 from fastgen.testing.sampling import token_or_none
 
-__all__ = ["EngineModel", "EngineSequence", "Session"]
+__all__ = [
+    "EngineModel",
+    "EngineSequence",
+    "MemoryTensor",
+    "Session",
+    "checksum",
+    "native_options",
+    "native_tensors",
+]
 
 _REASONS = {
     _capi.RUNNING: "running",
@@ -43,6 +51,78 @@ class EngineSequence:
     logits: npt.NDArray[np.float32] | None
 
 
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor in memory that somebody else owns, of the host or of a device.
+
+    Attributes:
+        pointer: address of the first element.
+        dtype: ``_capi.FLOAT32`` and so on.
+        shape: sizes.
+    """
+
+    pointer: int
+    dtype: int
+    shape: tuple[int, ...]
+
+
+def native_tensors(tensors: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """Array of ``fastgen_tensor``, and what must live as long as it."""
+    native = (_capi.Tensor * len(tensors))()
+    kept: list[Any] = []
+    for item, (name, values) in zip(native, tensors.items()):
+        if not isinstance(values, MemoryTensor):
+            array = np.ascontiguousarray(values, dtype=np.float32)
+            kept.append(array)
+            values = MemoryTensor(array.ctypes.data, _capi.FLOAT32, array.shape)
+        item.name = name.encode()
+        item.data = values.pointer
+        item.dtype = values.dtype
+        item.num_dims = len(values.shape)
+        for axis, size in enumerate(values.shape[:4]):
+            item.shape[axis] = size
+    return native, kept
+
+
+def _device_name(device: str | None) -> bytes | None:
+    return None if device is None else device.encode()
+
+
+def checksum(tensors: Mapping[str, Any], device: str | None = None, stream: int = 0) -> int:
+    """Sum of the bytes of arrays or :class:`MemoryTensor`, see ``fastgen_checksum``."""
+    native, _kept = native_tensors(tensors)
+    result = ctypes.c_uint64()
+    status = _capi.library().fastgen_checksum(
+        native, len(tensors), _device_name(device), stream, ctypes.byref(result)
+    )
+    _capi.check(status)
+    return result.value
+
+
+def native_options(
+    options: Any, seed: int = 0, first_sequence: int = 0, keep_logits: bool = False
+) -> _capi.Options:
+    """Options as the library has them, see :mod:`fastgen.testing.sampling`."""
+    native = _capi.Options()
+    _capi.library().fastgen_options_init(ctypes.byref(native))
+    sampling = options.decode_strategy == "sampling"
+    native.decode_strategy = _capi.SAMPLING if sampling else _capi.GREEDY_SEARCH
+    for name in ("max_length", "min_length", "temperature", "repetition_penalty"):
+        setattr(native, name, getattr(options, name))
+    native.top_k = options.top_k or 0
+    native.top_p = 1.0 if options.top_p is None else options.top_p
+    native.no_repeat_ngram_size = options.no_repeat_ngram_size or 0
+    native.num_return_sequences = options.num_return_sequences
+    for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        token = token_or_none(getattr(options, name))
+        setattr(native, name, -1 if token is None else token)
+    native.has_seed = 1
+    native.seed = seed
+    native.first_sequence = first_sequence
+    native.keep_logits = int(keep_logits)
+    return native
+
+
 class Session:
     """Requests that run together. Made by :meth:`EngineModel.session`."""
 
@@ -60,23 +140,7 @@ class Session:
     ) -> list[int]:
         """Adds a request; returns the ids of its sequences."""
         lib = _capi.library()
-        native = _capi.Options()
-        lib.fastgen_options_init(ctypes.byref(native))
-        sampling = options.decode_strategy == "sampling"
-        native.decode_strategy = _capi.SAMPLING if sampling else _capi.GREEDY_SEARCH
-        for name in ("max_length", "min_length", "temperature", "repetition_penalty"):
-            setattr(native, name, getattr(options, name))
-        native.top_k = options.top_k or 0
-        native.top_p = 1.0 if options.top_p is None else options.top_p
-        native.no_repeat_ngram_size = options.no_repeat_ngram_size or 0
-        native.num_return_sequences = options.num_return_sequences
-        for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
-            token = token_or_none(getattr(options, name))
-            setattr(native, name, -1 if token is None else token)
-        native.has_seed = 1
-        native.seed = seed
-        native.first_sequence = first_sequence
-        native.keep_logits = int(keep_logits)
+        native = native_options(options, seed, first_sequence, keep_logits)
         tokens = (ctypes.c_int32 * len(prompt))(*prompt)
         first = ctypes.c_uint64()
         _capi.check(
@@ -85,6 +149,76 @@ class Session:
             )
         )
         return [first.value + i for i in range(options.num_return_sequences)]
+
+    def submit_batch(
+        self,
+        tokens: MemoryTensor,
+        options: Sequence[Any],
+        lengths: Sequence[int] | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> list[int]:
+        """Adds the rows of a tensor ``[batch, length]``, one seed for all of them.
+
+        Args:
+            tokens: the prompts, padded on the right.
+            options: one for all rows, or one for each.
+            lengths: of the prompts; None: all are full.
+            seed: of the draws; sequences are counted through.
+            device: where the tokens lie.
+            stream: of the device.
+
+        Returns:
+            The ids of all sequences.
+        """
+        rows, width = tokens.shape
+        each = list(options) * rows if len(options) == 1 else list(options)
+        native, first = [], 0
+        for row in each:
+            native.append(native_options(row, seed, first))
+            first += row.num_return_sequences
+        pointers = (ctypes.POINTER(_capi.Options) * rows)(*map(ctypes.pointer, native))
+        batch = _capi.Batch()
+        lib = _capi.library()
+        lib.fastgen_batch_init(ctypes.byref(batch))
+        batch.tokens = tokens.pointer
+        batch.dtype = tokens.dtype
+        batch.rows, batch.width = rows, width
+        if lengths is not None:
+            batch.lengths = (ctypes.c_int64 * rows)(*lengths)
+        batch.options = pointers
+        batch.device = _device_name(device)
+        batch.stream = stream
+        ids = (ctypes.c_uint64 * rows)()
+        _capi.check(lib.fastgen_session_submit_batch(self._handle, ctypes.byref(batch), ids))
+        return [start + i for start, row in zip(ids, each) for i in range(row.num_return_sequences)]
+
+    def get_batch(
+        self,
+        ids: Sequence[int],
+        tokens: MemoryTensor | None,
+        pad_token_id: int = -1,
+        scores: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Writes sequences into a tensor ``[len(ids), width]`` and their scores to an address."""
+        output = _capi.BatchOutput()
+        lib = _capi.library()
+        lib.fastgen_batch_output_init(ctypes.byref(output))
+        if tokens is not None:
+            output.tokens = tokens.pointer
+            output.dtype = tokens.dtype
+            output.width = tokens.shape[1]
+        output.pad_token_id = pad_token_id
+        output.scores = ctypes.cast(scores, ctypes.POINTER(ctypes.c_float))
+        output.device = _device_name(device)
+        output.stream = stream
+        native = (ctypes.c_uint64 * len(ids))(*ids)
+        _capi.check(
+            lib.fastgen_session_get_batch(self._handle, native, len(ids), ctypes.byref(output))
+        )
 
     def step(self, max_steps: int = 1) -> int:
         """Runs up to ``max_steps`` steps; returns how many sequences are unfinished."""
@@ -125,21 +259,25 @@ class EngineModel:
 
     Args:
         shape: of the network.
-        tensors: its weights, with PaddleNLP's names.
+        tensors: its weights, with PaddleNLP's names: arrays, or :class:`MemoryTensor` objects.
         isa: kernel set; the best one when None.
         num_threads: of the model.
         device: ``cpu`` or ``cuda``.
         weight_dtype: the type that the weights are kept in.
+        tensor_device: where the tensors lie; the host when None.
+        stream: of that device.
     """
 
     def __init__(
         self,
         shape: GPTShape,
-        tensors: Tensors,
+        tensors: Mapping[str, Any],
         isa: str | None = None,
         num_threads: int = 1,
         device: str = "cpu",
         weight_dtype: str = "float32",
+        tensor_device: str | None = None,
+        stream: int = 0,
     ) -> None:
         lib = _capi.library()
         self.shape = shape
@@ -152,23 +290,15 @@ class EngineModel:
         config.num_layers = shape.num_hidden_layers
         config.num_heads = shape.num_attention_heads
         config.intermediate_size = shape.intermediate_size
-        native = (_capi.Tensor * len(tensors))()
-        arrays = []
-        for item, (name, values) in zip(native, tensors.items()):
-            array = np.ascontiguousarray(values, dtype=np.float32)
-            arrays.append(array)
-            item.name = name.encode()
-            item.data = array.ctypes.data
-            item.dtype = _capi.FLOAT32
-            item.num_dims = array.ndim
-            for axis, size in enumerate(array.shape):
-                item.shape[axis] = size
+        native, kept = native_tensors(tensors)
         options = _capi.ModelOptions()
         lib.fastgen_model_options_init(ctypes.byref(options))
         options.isa = isa.encode() if isa is not None else None
         options.num_threads = num_threads
         options.device = device.encode()
         options.weight_dtype = weight_dtype.encode()
+        options.tensor_device = _device_name(tensor_device)
+        options.stream = stream
         _capi.check(
             lib.fastgen_model_create(
                 ctypes.byref(config),
@@ -178,7 +308,7 @@ class EngineModel:
                 ctypes.byref(self._handle),
             )
         )
-        del arrays  # read during the call only
+        del kept  # read during the call only
 
     def __enter__(self) -> EngineModel:
         return self

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -219,6 +220,73 @@ TEST(LastError, BelongsToItsThread) {
   });
   EXPECT_EQ(fastgen_last_error(), mine);
   EXPECT_EQ(model, nullptr);
+}
+
+// Memory of the exact size, so that a sanitizer sees what is read or written beyond it.
+TEST(Session, TakesAndGivesABatch) {
+  const Model model = MakeModel(2);
+  std::mt19937_64 random(kSeed);
+  std::vector<Request> requests;
+  for (int i = 0; i < 5; ++i) requests.push_back(RandomRequest(&random));
+  const std::vector<std::vector<int32_t>> alone = TokensAlone(model, requests);
+  size_t width = 0, longest = 0;
+  std::vector<int64_t> lengths;
+  std::vector<const fastgen_options*> options;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    width = std::max(width, requests[i].prompt.size());
+    longest = std::max(longest, alone[i].size());
+    lengths.push_back(static_cast<int64_t>(requests[i].prompt.size()));
+    options.push_back(&requests[i].options);
+  }
+  std::vector<int64_t> tokens(requests.size() * width, -1);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const std::vector<int32_t>& prompt = requests[i].prompt;
+    std::copy(prompt.begin(), prompt.end(), tokens.data() + i * width);
+  }
+  fastgen_batch batch;
+  fastgen_batch_init(&batch);
+  batch.tokens = tokens.data();
+  batch.dtype = FASTGEN_INT64;
+  batch.rows = requests.size();
+  batch.width = width;
+  batch.lengths = lengths.data();
+  batch.options = options.data();
+  Session session(model);
+  std::vector<uint64_t> ids(requests.size());
+  ASSERT_EQ(fastgen_session_submit_batch(session.handle(), &batch, ids.data()), FASTGEN_OK)
+      << fastgen_last_error();
+  while (session.step(8) > 0) {
+  }
+  std::vector<int32_t> out(requests.size() * longest);
+  std::vector<float> scores(requests.size());
+  fastgen_batch_output output;
+  fastgen_batch_output_init(&output);
+  output.tokens = out.data();
+  output.width = longest;
+  output.pad_token_id = 7;
+  output.scores = scores.data();
+  ASSERT_EQ(fastgen_session_get_batch(session.handle(), ids.data(), ids.size(), &output),
+            FASTGEN_OK)
+      << fastgen_last_error();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    std::vector<int32_t> expected = alone[i];
+    expected.resize(longest, 7);
+    EXPECT_EQ(std::vector<int32_t>(out.data() + i * longest, out.data() + (i + 1) * longest),
+              expected);
+    EXPECT_EQ(scores[i], session.get(ids[i]).score);
+  }
+}
+
+TEST(Checksum, ReadsItsTensorsAndNoMore) {
+  for (const int64_t size : {1, 15, 16, 17, 2097152, 2097153}) {
+    std::vector<float> values(static_cast<size_t>(size), 1.5f);
+    fastgen_tensor tensor = {"values", values.data(), FASTGEN_FLOAT32, 1, {size}};
+    uint64_t before = 0, after = 0;
+    ASSERT_EQ(fastgen_checksum(&tensor, 1, nullptr, nullptr, &before), FASTGEN_OK);
+    values.back() = 1.25f;
+    ASSERT_EQ(fastgen_checksum(&tensor, 1, "cpu", nullptr, &after), FASTGEN_OK);
+    EXPECT_NE(before, after);
+  }
 }
 
 TEST(Session, GoesOnInAForkedChild) {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fastgen.options import GenerationOptions
-from fastgen.testing.engine import EngineModel
+from fastgen.testing.engine import EngineModel, checksum
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
+from tests.cuda.torch_tensors import on_device, views, with_head
 
 SHAPES = [
     GPTShape(97, 160, 32, 1, 4, 64),
@@ -42,3 +43,16 @@ def test_every_kernel(shape: GPTShape, dtype: str) -> None:
         (one,) = model.generate(prompts[:1], greedy, keep_logits=True)
         assert one.logits is not None
         assert one.logits.shape == (3, shape.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int4"])
+def test_tensors_on_the_device(dtype: str) -> None:
+    import torch
+
+    shape = SHAPES[1]
+    for source in (torch.float32, torch.bfloat16):
+        tensors = views(on_device(with_head(make_tensors(shape, WeightRecipe(2))), source))
+        assert checksum(tensors, "cuda") == checksum(tensors, "cuda")
+        kind = {"device": "cuda", "weight_dtype": dtype, "tensor_device": "cuda"}
+        with EngineModel(shape, tensors, **kind) as model:
+            assert np.isfinite(model.logits([1, 2, 3])).all()

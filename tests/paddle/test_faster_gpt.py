@@ -403,8 +403,8 @@ def test_bad_options_are_sentences(make_model, prompts, options, sentence):
     ("ids", "sentence"),
     [
         (np.array([[3, 97]]), r"97, token ids must be from 0 to 96"),
-        (np.array([[1, 2], [3, -1]]), "row 1 of input_ids.*-1"),
-        (np.array([[2**40]]), "a token id is 1099511627776"),
+        (np.array([[1, 2], [3, -1]]), "row 1 of the batch.*-1"),
+        (np.array([[2**40]]), r"prompt\[0\] is 1099511627776, token ids must fit in 32 bits"),
         (np.zeros([0, 3], np.int64), r"input_ids has shape \[0, 3\]"),
         (np.zeros([2, 0], np.int64), r"input_ids has shape \[2, 0\]"),
         (np.array([1, 2]), r"input_ids has shape \[2\]"),
@@ -425,6 +425,8 @@ def test_bad_arguments_of_the_constructor(make_model):
         FasterGPT(model, topk=-4)
     with pytest.raises(ValueError, match="use_fp16_decoding is True"):
         FasterGPT(model, use_fp16_decoding=True)
+    with pytest.raises(ValueError, match="weight_dtype is 'int8': with the model on the CPU"):
+        FasterGPT(model, weight_dtype="int8")
     with pytest.raises(ValueError, match="model is a Linear: it must be a paddlenlp"):
         FasterGPT(paddle.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="weight_check is 'none'"):

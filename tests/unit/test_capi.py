@@ -141,6 +141,8 @@ def test_constants_follow_the_header() -> None:
         ("fastgen_model_options_init", _capi.ModelOptions),
         ("fastgen_options_init", _capi.Options),
         ("fastgen_session_options_init", _capi.SessionOptions),
+        ("fastgen_batch_init", _capi.Batch),
+        ("fastgen_batch_output_init", _capi.BatchOutput),
     ],
 )
 def test_the_library_agrees_on_sizes(init: str, structure: type[ctypes.Structure]) -> None:

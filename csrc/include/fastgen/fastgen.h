@@ -31,6 +31,13 @@
  * function, which sets it; for a structure that a call fills, set it to `sizeof` that structure
  * before the call, which writes no more than that.
  *
+ * **Memory.** Pointers are to memory of the host, but for what a structure says lies on the device
+ * that it names: "cuda" or "cuda:<index>", memory of an NVIDIA device that anything in the process
+ * may have taken. With it goes a `stream`, a `cudaStream_t` or `CUstream` of that device, also one of
+ * another CUDA run-time library in the process, or NULL, the legacy default stream. A call sees what
+ * was put on the stream before it, and what is put on it afterwards sees what the call wrote; the
+ * host need not wait for either. The stream must not be capturing a graph.
+ *
  * **Units.** Tokens are int32, shapes are written [batch, length] with the last one contiguous,
  * memory is in bytes, text is UTF-8, names and paths end with a NUL.
  *
@@ -218,6 +225,12 @@ typedef struct fastgen_model_options {
   fastgen_progress_fn progress;
   /** Handed to `progress`; may be NULL. */
   void* progress_user_data;
+  /** Where the tensors that fastgen_model_create() is given lie: "cpu", memory of the host; "cuda" or
+   *  "cuda:<index>", memory of that device, which must be the one that `device` names: they are packed
+   *  there and not copied to the host. NULL: "cpu". */
+  const char* tensor_device;
+  /** Stream of `tensor_device`, if that is no "cpu". */
+  void* stream;
 } fastgen_model_options;
 
 /**
@@ -258,20 +271,24 @@ typedef enum fastgen_dtype {
   /** IEEE 754, 2 bytes. */
   FASTGEN_FLOAT16 = 1,
   /** The upper half of a float32, 2 bytes. */
-  FASTGEN_BFLOAT16 = 2
+  FASTGEN_BFLOAT16 = 2,
+  /** 4 bytes, for tokens. */
+  FASTGEN_INT32 = 3,
+  /** 8 bytes, for tokens. */
+  FASTGEN_INT64 = 4
 } fastgen_dtype;
 
 /**
  * A tensor in memory that the caller owns, dense and row-major. It comes in arrays, so it has no
- * `struct_size` and never grows.
+ * `struct_size` and never grows: which memory it is stands with the call, for all tensors of it.
  * @since 0.1
  */
 typedef struct fastgen_tensor {
   /** Name in the checkpoint, see fastgen_model_create(). */
   const char* name;
-  /** [shape], at any address. */
+  /** [shape], at any address of the host; on a device at a multiple of an element's size. */
   const void* data;
-  /** Type of the elements. */
+  /** Type of the elements: ::FASTGEN_FLOAT32, ::FASTGEN_FLOAT16 or ::FASTGEN_BFLOAT16. */
   fastgen_dtype dtype;
   /** Dimensions, 1 to 4. */
   int32_t num_dims;
@@ -292,8 +309,8 @@ typedef struct fastgen_tensor {
  * @param num_tensors how many
  * @param options NULL for the defaults
  * @param[out] model to be given to fastgen_model_free()
- * @retval FASTGEN_INVALID_ARGUMENT an option or a member of `config` is outside what is allowed, or
- *         a tensor has no name, data or sizes
+ * @retval FASTGEN_INVALID_ARGUMENT an option or a member of `config` is outside what is allowed; a
+ *         tensor has no name, data or sizes, or does not lie on `tensor_device`
  * @retval FASTGEN_BAD_FILE a tensor is missing, unknown, given twice or of another shape than
  *         `config` asks for
  * @retval FASTGEN_UNSUPPORTED this build lacks the device or the type of weights, this machine the
@@ -304,6 +321,24 @@ FASTGEN_API fastgen_status fastgen_model_create(const fastgen_config* config,
                                                 const fastgen_tensor* tensors, size_t num_tensors,
                                                 const fastgen_model_options* options,
                                                 fastgen_model** model);
+
+/**
+ * Sums up the bytes of tensors, to tell whether they have been written to: the same bytes give the
+ * same sum, and a change of one element always gives another. A pass over them at the speed that the
+ * memory has.
+ *
+ * Sums of different tensors, devices or versions of the library cannot be compared.
+ * @param tensors [num_tensors], whose names are for messages only
+ * @param num_tensors how many
+ * @param device where they lie: "cpu" or NULL; "cuda" or "cuda:<index>"
+ * @param stream stream of `device`, if that is no "cpu"
+ * @param[out] checksum the sum
+ * @retval FASTGEN_INVALID_ARGUMENT a tensor has no data or sizes, or does not lie on `device`
+ * @retval FASTGEN_UNSUPPORTED `device` is none of these, or cannot be had
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_checksum(const fastgen_tensor* tensors, size_t num_tensors,
+                                            const char* device, void* stream, uint64_t* checksum);
 
 /**
  * Shape and special tokens of a model.
@@ -513,6 +548,52 @@ FASTGEN_API fastgen_status fastgen_session_submit(fastgen_session* session, cons
                                                   uint64_t* first_id);
 
 /**
+ * Prompts as a framework has them: the rows of one tensor, padded on the right.
+ * @since 0.1
+ */
+typedef struct fastgen_batch {
+  /** `sizeof(fastgen_batch)`. */
+  size_t struct_size;
+  /** [rows, width] tokens; of each row those behind its length are not looked at. */
+  const void* tokens;
+  /** Type of `tokens`: ::FASTGEN_INT32 or ::FASTGEN_INT64. */
+  fastgen_dtype dtype;
+  /** Prompts, at least 1. */
+  size_t rows;
+  /** Tokens from one row to the next, at least 1. */
+  size_t width;
+  /** [rows], length of each prompt, 1 to `width`, in memory of the host. NULL: all are full. */
+  const int64_t* lengths;
+  /** [rows], options of each prompt, of which each may be NULL for the defaults. NULL: all are. */
+  const fastgen_options* const* options;
+  /** Where `tokens` lie: "cpu", or the device that the model runs on. NULL: "cpu". */
+  const char* device;
+  /** Stream of `device`, if that is no "cpu". */
+  void* stream;
+} fastgen_batch;
+
+/**
+ * Fills a batch with nothing: no tokens, ::FASTGEN_INT32, memory of the host.
+ * @param[out] batch NULL: nothing happens
+ * @since 0.1
+ */
+FASTGEN_API void fastgen_batch_init(fastgen_batch* batch);
+
+/**
+ * Adds a request for every row of a batch, as fastgen_session_submit() does; all of them or none.
+ * The tokens are read during the call, which waits for them.
+ * @param session the session
+ * @param batch the prompts and their options
+ * @param[out] first_ids [rows], the id of the first sequence of each row
+ * @retval FASTGEN_INVALID_ARGUMENT a member of `batch`, an option, a length or a token is outside what
+ *         is allowed, which the message names with its row; or the tokens do not lie on `device`
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_session_submit_batch(fastgen_session* session,
+                                                        const fastgen_batch* batch,
+                                                        uint64_t* first_ids);
+
+/**
  * Runs up to `max_steps` steps. A step feeds a bounded number of prompt tokens or gives every
  * running sequence one token, so a caller that loops stays responsive.
  *
@@ -564,6 +645,52 @@ typedef struct fastgen_sequence {
  */
 FASTGEN_API fastgen_status fastgen_session_get(const fastgen_session* session, uint64_t id,
                                                fastgen_sequence* sequence);
+
+/**
+ * Where sequences are written to, in the form that frameworks have.
+ * @since 0.1
+ */
+typedef struct fastgen_batch_output {
+  /** `sizeof(fastgen_batch_output)`. */
+  size_t struct_size;
+  /** [count, width] tokens; may be NULL. */
+  void* tokens;
+  /** Type of `tokens`: ::FASTGEN_INT32 or ::FASTGEN_INT64. */
+  fastgen_dtype dtype;
+  /** Tokens of a row: at least as many as the longest sequence has. */
+  size_t width;
+  /** What is written behind a sequence that is shorter than `width`; -1: none is. */
+  int32_t pad_token_id;
+  /** [count], see fastgen_sequence::score; may be NULL. */
+  float* scores;
+  /** Where `tokens` and `scores` lie: "cpu", or the device that the model runs on. NULL: "cpu". */
+  const char* device;
+  /** Stream of `device`, if that is no "cpu". */
+  void* stream;
+} fastgen_batch_output;
+
+/**
+ * Fills an output with nothing: no memory, ::FASTGEN_INT32, no padding, memory of the host.
+ * @param[out] output NULL: nothing happens
+ * @since 0.1
+ */
+FASTGEN_API void fastgen_batch_output_init(fastgen_batch_output* output);
+
+/**
+ * Writes the tokens and scores of sequences, running or ended, one below the other. On a device that
+ * is put on the stream, and may be yet to come when the call returns.
+ * @param session the session
+ * @param ids [count], of sequences that have not been released
+ * @param count at least 1
+ * @param output where to
+ * @retval FASTGEN_INVALID_ARGUMENT the session has no such sequence; a sequence is longer than `width`,
+ *         or shorter and there is no `pad_token_id`; or the memory does not lie on `device`. Nothing
+ *         is written then.
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_session_get_batch(const fastgen_session* session,
+                                                     const uint64_t* ids, size_t count,
+                                                     const fastgen_batch_output* output);
 
 /**
  * Ends a sequence where it is and gives its cache back; its tokens stay readable. Ending an ended

@@ -134,6 +134,11 @@ struct ModelOptions {
   /** Called with bytes packed and bytes in total, on the loading thread; may be empty. Loading goes
    *  on if it throws; the exception comes out of load() or create() afterwards. */
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  /** Where the tensors that Model::create() is given lie: "cpu", or the device that `device` names;
+   *  empty: "cpu". */
+  std::string tensor_device;
+  /** Stream of `tensor_device`, if that is no "cpu". */
+  void* stream = nullptr;
 };
 
 /**
@@ -586,6 +591,8 @@ class Model {
     if (!options.isa.empty()) c_options.isa = options.isa.c_str();
     if (!options.weight_dtype.empty()) c_options.weight_dtype = options.weight_dtype.c_str();
     c_options.num_threads = options.num_threads;
+    if (!options.tensor_device.empty()) c_options.tensor_device = options.tensor_device.c_str();
+    c_options.stream = options.stream;
     detail::Progress progress{options.progress, nullptr};
     if (options.progress) {
       c_options.progress = detail::Progress::call;
