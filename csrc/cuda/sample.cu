@@ -15,7 +15,8 @@ __device__ void Report(const SampleArgs& args, int32_t row, int32_t step, int32_
                        float score, int32_t finished) {
   auto* const arrived = static_cast<int32_t*>(args.workspace);
   const bool last = atomicAdd(arrived, 1) == args.rows - 1;
-  volatile StepResult* const result = args.results + static_cast<int64_t>(step) * args.rows + row;
+  const auto place = static_cast<int64_t>(step % args.result_steps) * args.result_rows + row;
+  volatile StepResult* const result = args.results + place;
   result->token = token;
   result->score = score;
   result->finished = finished;

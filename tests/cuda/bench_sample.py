@@ -37,6 +37,7 @@ def microseconds(library: ops.Library, rows: Rows, pinned: bool) -> float:
     results = torch.zeros((STEPS, rows.count, 4), dtype=torch.int32)
     results = results.pin_memory() if pinned else results.cuda()
     arguments.results = results.data_ptr()
+    arguments.result_steps = STEPS
     slots, step = rows.slots._tensor, rows.step._tensor
     first_slots, first_step = slots.clone(), step.clone()
 
