@@ -187,10 +187,20 @@ def _goal_row(runs: list[Run], goal: Goal) -> str:
         held = share >= (goal.matrix_share or 0)
     columns += ["yes" if held else "NO ", f"{100 * share:5.0f}%"]
     for peer in (STREAM, GRAPH, COMPILED, HF_STATIC, HF_EAGER):
-        # Beside another card or another hour nothing is compared.
-        _, theirs = find([run], goal.cell, peer, "float16")
-        columns.append(f"{theirs['ms']['median'] / ms:8.2f}x" if theirs else f"{'-':>9}")
+        ratio = _ratio(runs, goal, peer)
+        columns.append(f"{'-':>9}" if ratio is None else f"{ratio:8.2f}x")
     return " ".join(columns)
+
+
+def _ratio(runs: list[Run], goal: Goal, peer: str) -> float | None:
+    """How many times as long a peer takes, in the newest run that has both: nothing is compared
+    with another card or another hour."""
+    for run in reversed(runs):
+        _, ours = find([run], goal.cell, FASTGEN, goal.dtype)
+        _, theirs = find([run], goal.cell, peer, "float16")
+        if ours and theirs:
+            return float(theirs["ms"]["median"] / ours["ms"]["median"])
+    return None
 
 
 def table(runs: list[Run]) -> str:
