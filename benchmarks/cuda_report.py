@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda of torch": torch.version.cuda,
     }
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        versions["transformers"] = metadata.version("transformers")
     return {"device": device, "host": platform.platform(), "versions": versions}
 
 
