@@ -5,79 +5,140 @@ Static cache, attention over the whole of it with a mask, sampling on the device
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # weight and bias
+
+
+class Attention(NamedTuple):
+    """A layer's attention and its cache, [batch, heads, length, head size] each."""
+
+    norm: Pair
+    qkv: Pair
+    out: Pair
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class FeedForward(NamedTuple):
+    """A layer's feed-forward block."""
+
+    norm: Pair
+    into: Pair
+    out: Pair
+
+
+def _norm(x: torch.Tensor, of: Pair) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], *of)
+
+
+def _linear(x: torch.Tensor, of: Pair) -> torch.Tensor:
+    return torch.addmm(of[1], x, of[0])
+
 
 class TorchGPT2:
-    """The network of :func:`fastgen.bench.random_model` with a cache for ``batch`` sequences.
+    """GPT-2 with a cache for ``batch`` sequences.
+
+    The step is cut behind each layer's attention, where nothing could be fused, so that a compiler
+    sees every layer's code once.
 
     Args:
         config: as HuggingFace writes it.
-        tensors: float32, with HuggingFace's names.
+        weights: on the device, with HuggingFace's names; activations and cache are of their type.
         batch: sequences.
         length: positions of the cache.
-        dtype: of weights, activations and cache.
     """
 
     def __init__(
-        self,
-        config: dict[str, Any],
-        tensors: dict[str, np.ndarray],
-        batch: int,
-        length: int,
-        dtype: torch.dtype,
+        self, config: dict[str, Any], weights: dict[str, torch.Tensor], batch: int, length: int
     ) -> None:
-        self.layers, self.heads = config["n_layer"], config["n_head"]
-        self.size = config["n_embd"] // self.heads
-        self.w = {
-            name: torch.from_numpy(values).cuda().to(dtype) for name, values in tensors.items()
-        }
-        shape = (self.layers, 2, batch, self.heads, length, self.size)
-        self.cache = torch.zeros(shape, dtype=dtype, device="cuda")
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
-        self.position = torch.zeros(1, dtype=torch.int64, device="cuda")
-        self.steps = torch.arange(length, device="cuda")
+        self.heads = config["n_head"]
+        size = config["n_embd"] // self.heads
+        self.embedding, self.positions = weights["wte.weight"], weights["wpe.weight"]
 
-    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"])
+        def pair(name: str) -> Pair:
+            return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
-    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return torch.addmm(self.w[f"{name}.bias"], x, self.w[f"{name}.weight"])
+        def cache() -> torch.Tensor:
+            return self.embedding.new_zeros(batch, self.heads, length, size)
 
-    def step(self) -> None:
-        """Feeds ``tokens`` at ``position``, samples the next with top-k 4, moves on."""
-        w, batch = self.w, self.tokens.shape[0]
-        x = w["wte.weight"][self.tokens] + w["wpe.weight"][self.position]
+        names = [f"h.{i}" for i in range(config["n_layer"])]
+        self.attentions = [
+            Attention(
+                pair(f"{n}.ln_1"),
+                pair(f"{n}.attn.c_attn"),
+                pair(f"{n}.attn.c_proj"),
+                cache(),
+                cache(),
+            )
+            for n in names
+        ]
+        self.feed_forwards = [
+            FeedForward(pair(f"{n}.ln_2"), pair(f"{n}.mlp.c_fc"), pair(f"{n}.mlp.c_proj"))
+            for n in names
+        ]
+        self.last_norm = pair("ln_f")
+        device = self.embedding.device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.steps = torch.arange(length, device=device)
+
+    def attend(self, x: torch.Tensor, layer: Attention) -> torch.Tensor:
+        """What attention adds to ``x`` [batch, hidden]; keys and values go to the cache."""
+        batch = x.shape[0]
+        qkv = _linear(_norm(x, layer.norm), layer.qkv).view(batch, 3, self.heads, -1)
+        q, k, v = qkv.unbind(1)
+        layer.keys.index_copy_(2, self.position, k.unsqueeze(2))
+        layer.values.index_copy_(2, self.position, v.unsqueeze(2))
         mask = (self.steps <= self.position)[None, None, None, :]
-        for i in range(self.layers):
-            h = self.norm(x, f"h.{i}.ln_1")
-            q, k, v = (
-                self.linear(h, f"h.{i}.attn.c_attn").view(batch, 3, self.heads, self.size).unbind(1)
-            )
-            self.cache[i, 0].index_copy_(2, self.position, k.unsqueeze(2))
-            self.cache[i, 1].index_copy_(2, self.position, v.unsqueeze(2))
-            a = F.scaled_dot_product_attention(
-                q.unsqueeze(2), self.cache[i, 0], self.cache[i, 1], attn_mask=mask
-            )
-            x = x + self.linear(a.reshape(batch, -1), f"h.{i}.attn.c_proj")
-            h = self.norm(x, f"h.{i}.ln_2")
-            h = F.gelu(self.linear(h, f"h.{i}.mlp.c_fc"), approximate="tanh")
-            x = x + self.linear(h, f"h.{i}.mlp.c_proj")
-        logits = self.norm(x, "ln_f") @ w["wte.weight"].T
-        values, ids = logits.float().topk(4)
+        a = F.scaled_dot_product_attention(q.unsqueeze(2), layer.keys, layer.values, attn_mask=mask)
+        return _linear(a.reshape(batch, -1), layer.out)
+
+    def feed(self, x: torch.Tensor, layer: FeedForward) -> torch.Tensor:
+        """``x`` and what the feed-forward block adds to it."""
+        h = F.gelu(_linear(_norm(x, layer.norm), layer.into), approximate="tanh")
+        return x + _linear(h, layer.out)
+
+    def begin(self, layer: Attention) -> Pair:
+        """The first part of a step."""
+        x = self.embedding[self.tokens] + self.positions[self.position]
+        return x, self.attend(x, layer)
+
+    def middle(self, x: torch.Tensor, a: torch.Tensor, feed: FeedForward, layer: Attention) -> Pair:
+        """From one layer's attention to the next one's."""
+        x = self.feed(x + a, feed)
+        return x, self.attend(x, layer)
+
+    def end(self, x: torch.Tensor, a: torch.Tensor, feed: FeedForward) -> None:
+        """The last part: samples with top-k 4 and moves on."""
+        x = _norm(self.feed(x + a, feed), self.last_norm)
+        values, ids = (x @ self.embedding.T).float().topk(4)
         chosen = torch.multinomial(values.softmax(-1), 1)
         self.tokens.copy_(ids.gather(1, chosen).squeeze(1))
         self.position.add_(1)
 
+    def stepper(self, compiled: bool = False) -> Any:
+        """A function that feeds ``tokens`` at ``position`` and leaves the next ones there."""
+        parts: list[Any] = [self.begin, self.middle, self.end]
+        if compiled:
+            mode = "max-autotune-no-cudagraphs"
+            parts = [torch.compile(part, mode=mode, fullgraph=True) for part in parts]
+        begin, middle, end = parts
+
+        def step() -> None:
+            x, a = begin(self.attentions[0])
+            for feed, attention in zip(self.feed_forwards, self.attentions[1:]):
+                x, a = middle(x, a, feed, attention)
+            end(x, a, self.feed_forwards[-1])
+
+        return step
+
     def capture(self, compiled: bool = False) -> Any:
         """A function that runs one step from a CUDA graph."""
-        step = self.step
-        if compiled:
-            step = torch.compile(self.step, mode="max-autotune-no-cudagraphs", fullgraph=True)
+        step = self.stepper(compiled)
         stream = torch.cuda.Stream()
         with torch.inference_mode(), torch.cuda.stream(stream):
             for _ in range(3):

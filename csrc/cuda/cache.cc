@@ -41,7 +41,9 @@ void PagePool::Take(size_t count, std::vector<char*>* pages) {
     DeviceMemory piece(take * page_bytes_,
                        "the KV cache of " + std::to_string(count * kPage) + " positions");
     // The padding behind a head's elements is read, so it must be zero.
+    // In another stream than the steps', so they must not begin before it ends.
     Check(cudaMemset(piece.as<>(), 0, piece.size()), "clearing device memory");
+    Check(cudaStreamSynchronize(nullptr), "clearing device memory");
     for (size_t i = take; i-- > 0;) free_.push_back(piece.as<>() + i * page_bytes_);
     pieces_.push_back(std::move(piece));
   }

@@ -11,20 +11,8 @@
 namespace fastgen::cuda {
 namespace {
 
-// Steps that the host launches ahead of the one it waits for: enough to keep the device busy.
-constexpr int32_t kAhead = 2;
-constexpr int32_t kMaxSteps = 64;  // of one Decode()
 // Heads of a step up to which blocks share them: with more there is enough for every multiprocessor.
 constexpr size_t kSharedHeads = 2048;
-
-// Rows of a step come in few sizes, each of which has its graphs.
-int32_t Bucket(size_t rows) {
-  const auto n = static_cast<int32_t>(rows);
-  if (n <= 8) return n;
-  int32_t unit = 4;
-  while (n > 4 * unit) unit *= 2;
-  return static_cast<int32_t>(RoundUp(n, unit));
-}
 
 std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
 std::atomic<int64_t> persistent_steps{0};
@@ -170,10 +158,10 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
     pages_->GiveBack(&slot.pages);
     throw;
   }
-  slot.length = spec.prompt_length;
+  slot.keep_logits = spec.keep_logits;
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
-  slot.finished = false;
+  slot.ahead = AheadResults(spec.sampling.max_length);
   slot.open = true;
   return static_cast<int32_t>(at);
 }
@@ -181,6 +169,8 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
 void CudaDevice::Close(int32_t index) {
   std::lock_guard<std::mutex> lock(mutex_);
   HostSlot& slot = At(index);
+  // Steps in flight may still write to the pages, before anything else in the stream does.
+  ring_.Forget(index);
   pages_->GiveBack(&slot.pages);
   slot.open = false;
 }
@@ -250,11 +240,9 @@ void CudaDevice::ReserveDecode(int32_t rows) {
     Check(cudaMemsetAsync(space.sample.as<>(), 0, space.sample.size(), stream_),
           "clearing device memory");
   }
-  space.step = DeviceMemory(sizeof(int32_t), "the number of the step");
-  space.results =
-      PinnedMemory(n * kMaxSteps * sizeof(StepResult), "taking page-locked memory for results");
   space.rows = rows;
   DropGraphs();
+  ring_.Reserve(rows, stream_);
   decode_space_ = std::move(space);
 }
 
@@ -436,10 +424,12 @@ void CudaDevice::LaunchSample(int32_t rows) {
   args.row_list = layer_space_.row_list.as<Row>();
   args.slots = device_slots_.as<Slot>();
   args.rows = rows;
-  args.results = decode_space_.results.on_device<StepResult>();
-  args.step = decode_space_.step.as<int32_t>();
+  args.results = ring_.results();
+  args.result_steps = DecodeRing::kSteps;
+  args.result_rows = ring_.rows();
+  args.step = ring_.count();
   args.workspace = decode_space_.sample.as<>();
-  args.overlap = !RunsPersistent(rows);  // a cooperative kernel is waited for
+  args.overlap = true;
   Check(Sample(args, stream_), "launching the choice of tokens");
 }
 
@@ -474,90 +464,6 @@ void CudaDevice::LaunchStep(int32_t rows) {
     found = graphs_.emplace(rows, exec).first;
   }
   Check(cudaGraphLaunch(found->second, stream_), "launching a step");
-}
-
-size_t CudaDevice::WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
-                               engine::DecodeResult* results) {
-  const auto* const from = decode_space_.results.as<StepResult>() +
-                           static_cast<size_t>(step) * static_cast<size_t>(rows);
-  size_t running = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const volatile int32_t* const ready = &from[i].ready;
-    for (uint32_t spins = 1; *ready != step + 1; ++spins) {
-      if (spins % 4096 != 0) continue;
-      const cudaError_t status = cudaStreamQuery(stream_);
-      if (status == cudaErrorNotReady) continue;
-      Check(status, "a decode step");
-      if (*ready != step + 1) throw base::Error(FASTGEN_INTERNAL, "a decode step gave no result");
-    }
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    HostSlot& slot = slots_[static_cast<size_t>(slots[i])];
-    engine::DecodeResult& result = results[i];
-    result = engine::DecodeResult();
-    if (from[i].token < 0) continue;
-    result.token = from[i].token;
-    result.score = from[i].score;
-    result.finished = from[i].finished != 0;
-    slot.fed = slot.length;
-    ++slot.length;
-    slot.finished = result.finished;
-    if (!result.finished) ++running;
-  }
-  return running;
-}
-
-int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
-                           engine::DecodeResult* results, float* logits) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  Check(cudaSetDevice(index_), "choosing the device");
-  std::vector<Row> unfed;
-  size_t running = 0;
-  for (size_t i = 0; i < count; ++i) {
-    HostSlot& slot = At(slots[i]);
-    for (int32_t p = slot.fed; p + 1 < slot.prompt_length; ++p) unfed.push_back({slots[i], p});
-    slot.fed = std::max(slot.fed, slot.prompt_length - 1);
-    running += slot.finished ? 0 : 1;
-  }
-  if (!unfed.empty()) FeedRows(unfed, {});
-  if (running == 0) return 0;
-
-  const int32_t rows = Bucket(count);
-  ReserveDecode(rows);
-  max_steps = std::min(max_steps, kMaxSteps);
-  std::vector<Row> list(static_cast<size_t>(rows), Row{-1, -1});
-  for (size_t i = 0; i < count; ++i) list[i].slot = slots[i];
-  const auto steps_bytes =
-      static_cast<size_t>(rows) * static_cast<size_t>(max_steps) * sizeof(StepResult);
-  std::fill_n(decode_space_.results.as<>(), steps_bytes, '\0');
-  Check(cudaMemcpyAsync(layer_space_.row_list.as<>(), list.data(), list.size() * sizeof(Row),
-                        cudaMemcpyHostToDevice, stream_),
-        "copying the rows of a step");
-  Check(cudaMemsetAsync(decode_space_.step.as<>(), 0, sizeof(int32_t), stream_),
-        "clearing device memory");
-
-  int32_t launched = 0;
-  int32_t done = 0;
-  const int32_t ahead = logits ? 1 : kAhead;
-  while (done < max_steps && running > 0) {
-    for (; launched < std::min(max_steps, done + ahead); ++launched) {
-      if (!logits) {
-        LaunchStep(rows);
-        continue;
-      }
-      LaunchForward(rows);
-      const auto vocab = static_cast<size_t>(config_.vocab_size);
-      Check(cudaMemcpy2DAsync(logits + static_cast<size_t>(launched) * count * vocab,
-                              vocab * sizeof(float), decode_space_.logits.as<>(),
-                              static_cast<size_t>(logits_stride_) * sizeof(float),
-                              vocab * sizeof(float), count, cudaMemcpyDeviceToHost, stream_),
-            "copying logits");
-      LaunchSample(rows);
-    }
-    running = WaitForStep(done, rows, slots, count, results + static_cast<size_t>(done) * count);
-    ++done;
-  }
-  Check(cudaStreamSynchronize(stream_), "a decode step");
-  return done;
 }
 
 void CudaDevice::ReadMemory(const engine::PluginBuffer& from, void* stream, void* to) const {

@@ -10,6 +10,7 @@
 #include "cuda/cache.h"
 #include "cuda/check.h"
 #include "cuda/cublaslt.h"
+#include "cuda/decode_ring.h"
 #include "cuda/kernels.h"
 #include "cuda/persistent.h"
 #include "cuda/weights.h"
@@ -57,10 +58,10 @@ class CudaDevice {
   // What the host knows of a sequence.
   struct HostSlot {
     bool open = false;
-    bool finished = false;
-    int32_t length = 0;
+    bool keep_logits = false;
     int32_t prompt_length = 0;
-    int32_t fed = 0;  // positions in the cache
+    int32_t fed = 0;  // prompt tokens in the cache
+    AheadResults ahead;
     std::vector<char*> pages;
     DeviceMemory state;  // page table, then tokens
   };
@@ -71,8 +72,7 @@ class CudaDevice {
   };
   struct DecodeSpace {
     int32_t rows = 0;
-    DeviceMemory logits, partial, arrived, plan, sample, step;
-    PinnedMemory results;
+    DeviceMemory logits, partial, arrived, plan, sample;
   };
   // Activations of a prefill through cuBLASLt, of activation_dtype_ but for the residual stream.
   struct PrefillSpace {
@@ -99,9 +99,15 @@ class CudaDevice {
   bool RunsPersistent(int32_t rows) const;
   void LaunchPersistent(int32_t rows);
   int32_t Splits(int32_t rows) const;
-  // Waits for a step's results and returns how many sequences go on.
-  size_t WaitForStep(int32_t step, int32_t rows, const int32_t* slots, size_t count,
-                     engine::DecodeResult* results);
+
+  // Launches until each of these slots that goes on has so many steps pending, or the ring is full of
+  // others' and none of these waits. Logits [count, vocab] or null: of the sequences that keep them.
+  void RunAhead(const int32_t* slots, size_t count, int32_t pending, float* logits);
+  // A step of step_slots_; the logits of a row go to its place in step_logits_, if that is not null.
+  void LaunchStepOfSlots();
+  // Waits for the oldest step in flight; for all, before what they use is replaced.
+  void ReadStep();
+  void ReadSteps();
 
   // Prefill, in one of two ways: as decode steps multiply, or through cuBLASLt.
   void FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
@@ -137,6 +143,10 @@ class CudaDevice {
 
   LayerSpace layer_space_;
   DecodeSpace decode_space_;
+  DecodeRing ring_;
+  std::vector<int32_t> listed_;  // slots in layer_space_.row_list; empty: something else is there
+  std::vector<int32_t> step_slots_;
+  std::vector<float*> step_logits_;
   PrefillSpace prefill_space_;
   std::map<int32_t, cudaGraphExec_t> graphs_;       // by rows
   PersistentArgs persistent_;                       // but for what a step brings

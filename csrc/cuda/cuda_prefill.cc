@@ -48,6 +48,8 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
 
 // `wanted` is empty where no logits are.
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
+  ReadSteps();
+  listed_.clear();
   // Which way a row goes depends on its own prompt alone, so that its bits do.
   std::vector<Row> parts[2];
   std::vector<float*> part_wanted[2];

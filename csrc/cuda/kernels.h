@@ -165,7 +165,9 @@ struct SampleArgs {
   const Row* row_list = nullptr;
   Slot* slots = nullptr;
   int32_t rows = 0;
-  StepResult* results = nullptr;  // [max_steps, rows], mapped host memory
+  StepResult* results = nullptr;  // [result_steps, result_rows], mapped host memory
+  int32_t result_steps = 0;       // step n goes to place n % result_steps
+  int32_t result_rows = 0;        // at least `rows`
   int32_t* step = nullptr;        // number of the step; the kernel adds 1 at its end
   void* workspace = nullptr;      // SampleWorkspaceBytes(rows, vocab), zero before the first call
   // As for Linear. The kernel before may write all of this but row_list, and of slots what a step

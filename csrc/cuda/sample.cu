@@ -24,7 +24,8 @@ __device__ void Report(const SampleArgs& args, int32_t row, int32_t step, const 
                        int32_t finished) {
   auto* const arrived = static_cast<int32_t*>(args.workspace);
   const bool last = atomicAdd(arrived, 1) == args.rows - 1;
-  StepResult* const result = args.results + static_cast<int64_t>(step) * args.rows + row;
+  const auto place = static_cast<int64_t>(step % args.result_steps) * args.result_rows + row;
+  StepResult* const result = args.results + place;
 #if FASTGEN_ARCH_HAS_EXCHANGE && CUDART_VERSION >= 12030
   // All of it in one store, so that `ready` is not there without the rest.
   asm volatile(

@@ -90,8 +90,10 @@ class Device {
 
   // Feeds every slot its newest token (at first what Prefill left out: the prompt's last token, and
   // those before it that are not in the cache) and samples the next, up to `max_steps` times;
-  // returns the steps done, at least 1.
-  // results [max_steps, count]; logits [max_steps, count, vocab] or null.
+  // returns the steps done, at least 1. It may run ahead of the caller: a sequence's tokens do not
+  // depend on what is decoded beside it, so they can be kept until they are asked for.
+  // results [max_steps, count]; logits [max_steps, count, vocab] or null: rows of the sequences that
+  // keep_logits are written.
   virtual int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps,
                          DecodeResult* results, float* logits) = 0;
 

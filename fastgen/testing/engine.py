@@ -234,6 +234,10 @@ class Session:
         while self.step(64):
             pass
 
+    def cancel(self, sequence_id: int) -> None:
+        """Ends a sequence that waits or runs; it keeps the tokens that it has."""
+        _capi.check(_capi.library().fastgen_session_cancel(self._handle, sequence_id))
+
     def get(self, sequence_id: int) -> EngineSequence:
         """A copy of what a sequence has so far."""
         native = _capi.Sequence()

@@ -40,6 +40,7 @@ def microseconds(library: ops.Library, rows: Rows, overlap: bool) -> float:
     arguments.overlap = overlap
     results = torch.zeros((STEPS, rows.count, 4), dtype=torch.int32).pin_memory()
     arguments.results = results.data_ptr()
+    arguments.result_steps = STEPS
     slots, step = rows.slots._tensor, rows.step._tensor
     first_slots, first_step = slots.clone(), step.clone()
 

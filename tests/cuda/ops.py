@@ -192,6 +192,8 @@ class SampleArgs(ctypes.Structure):
         ("slots", _ptr),
         ("rows", _i32),
         ("results", _ptr),
+        ("result_steps", _i32),
+        ("result_rows", _i32),
         ("step", _ptr),
         ("workspace", _ptr),
         ("overlap", ctypes.c_bool),

@@ -129,6 +129,8 @@ class Rows:
             slots=self.slots.pointer,
             rows=self.count,
             results=self.results.pointer,
+            result_steps=self.max_steps,
+            result_rows=self.count,
             step=self.step.pointer,
             workspace=self.workspace.pointer,
         )
