@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   extern __shared__ __align__(128) char persistent_memory[];
   Shared<kRows>& shared = *reinterpret_cast<Shared<kRows>*>(persistent_memory);
   char* const activations = persistent_memory + sizeof(Shared<kRows>);
-  char* const ring = activations + plan.slots * Activations<kRows>::kChunkBytes;
+  char* const ring = activations + plan.lines * Activations<kRows>::kWarpsBytes;
   constexpr int kThreads = Threads<kRows>::kCount;
   constexpr int kFinisherWarps = Threads<kRows>::kFinishers / 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   const bool worker = warp < kWarps;
   Thread<kRows> self = {plan,
                         shared,
-                        activations + warp * plan.slots * Activations<kRows>::kSlotBytes,
+                        activations + warp * plan.lines * Activations<kRows>::kBytes,
                         ring,
                         static_cast<int>(threadIdx.x) - (worker ? 0 : kWorkers),
                         worker ? warp : warp - kWarps,
@@ -233,7 +233,8 @@ int32_t ThreadsOf(int32_t rows) {
   return rows == 1 ? Threads<1>::kCount : rows == 2 ? Threads<2>::kCount : Threads<4>::kCount;
 }
 
-int32_t ChunkBytes(int32_t rows) { return rows * Activations<1>::kChunkBytes; }
+// Of a line of activations in all warps.
+int32_t LineBytes(int32_t rows) { return rows * Activations<1>::kWarpsBytes; }
 
 int32_t CeilOf(int32_t n, int32_t unit) { return (n + unit - 1) / unit; }
 
@@ -305,8 +306,8 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   *plan = Plan();
   const auto product = [&](Phase phase, const PersistentProduct& from, int32_t in, int32_t out,
                            int32_t first) {
-    plan->products[phase] = MakeProduct(from, args.dtype, in, out, blocks, first,
-                                        StagesAtOnce(rows, from.norm_weight != nullptr));
+    plan->products[phase] =
+        MakeProduct(from, args.dtype, in, out, blocks, first, StagesAtOnce(rows));
     return plan->products[phase].first + plan->products[phase].tiles_left;
   };
   // Where tiles do not come out even, others have one more in the next product. The two that add to
@@ -327,9 +328,9 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   // A thread keeps one number of the residual stream at most.
   if (CeilOf(h, kTile) > kRound * blocks) return false;
 
-  plan->slots = CeilOf(h > wide ? h : wide, kChunk);
-  if (plan->slots > kMaxChunks) return false;
-  const int32_t left = memory - SharedBytes(rows) - plan->slots * ChunkBytes(rows);
+  const int32_t narrow_chunks = CeilOf(h, kChunk), wide_chunks = CeilOf(wide, kChunk);
+  plan->lines = 2 * narrow_chunks > wide_chunks ? 2 * narrow_chunks : wide_chunks;
+  const int32_t left = memory - SharedBytes(rows) - plan->lines * LineBytes(rows);
   plan->stages = left / StageBytes(args.dtype);
   if (plan->stages > kMaxStages) plan->stages = kMaxStages;
   if (plan->stages < kRound) return false;
@@ -358,7 +359,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
 }
 
 int32_t PlanBytes(const Plan& plan, DType dtype, int32_t rows) {
-  return SharedBytes(rows) + plan.slots * ChunkBytes(rows) + plan.stages * StageBytes(dtype);
+  return SharedBytes(rows) + plan.lines * LineBytes(rows) + plan.stages * StageBytes(dtype);
 }
 
 // The plan for the current device; *blocks is 0 where there is none.

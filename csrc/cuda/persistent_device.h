@@ -39,7 +39,6 @@ constexpr int kSpan = 128;              // columns of a warp in a chunk
 constexpr int kChunk = kWarps * kSpan;  // columns of a chunk
 constexpr int kRound = 4;               // tiles of a group, at most
 constexpr int kMaxStages = 40;
-constexpr int kMaxChunks = 8;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
 constexpr int kMaxHeadSize = 128;
 
@@ -92,8 +91,8 @@ struct Held {
   uint32_t scales[W::kScales > 0 ? W::kScales : 1];
 };
 
-// Stages that a worker holds in registers, of its rows and product.
-__host__ __device__ constexpr int StagesAtOnce(int rows, bool normed) { return rows == 4 ? 2 : 4; }
+// Stages that a worker holds in registers.
+__host__ __device__ constexpr int StagesAtOnce(int rows) { return rows == 4 ? 2 : 4; }
 
 // A product: its outputs are cut into tiles, dealt to the blocks in turn from block `first` on; its
 // columns into chunks. A tile's part of a chunk is a stage of the ring of weights.
@@ -122,7 +121,7 @@ struct Plan {
   uint4* exchange;
   uint32_t* state;  // epochs so far; blocks that are done
   int32_t stages;   // of the ring of weights
-  int32_t slots;    // chunks of activations
+  int32_t lines;    // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero
   Matrix embedding;
   const float* positions;
@@ -175,12 +174,13 @@ struct alignas(128) Shared {
   uint32_t epoch;
 };
 
-// Activations of a warp: [slot][row, high and low][kSpan] of 16 bits.
+// Activations of a warp: lines of kSpan numbers of 16 bits. Of a chunk: a line for each row, or two,
+// where numbers are the sum of two, as normed ones are.
 constexpr int kLine = kSpan * 2;  // bytes
 template <int kRows>
 struct Activations {
-  static constexpr int kSlotBytes = 2 * kRows * kLine;  // of a warp
-  static constexpr int kChunkBytes = kWarps * kSlotBytes;
+  static constexpr int kBytes = kRows * kLine;         // a line for each row
+  static constexpr int kWarpsBytes = kWarps * kBytes;  // of all warps
 };
 
 #if FASTGEN_ARCH_HAS_PERSISTENT

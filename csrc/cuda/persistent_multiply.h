@@ -41,18 +41,19 @@ __device__ __forceinline__ void PairWithNeighbour(uint32_t (&pairs)[2], int lane
 
 // Fragments of odd lines are swapped in pairs, so that a quarter of a warp reads from all banks.
 template <typename W, int kRows>
-__device__ __forceinline__ void StorePairs(Thread<kRows>& self, int slot, int line, int place,
+__device__ __forceinline__ void StorePairs(Thread<kRows>& self, int line, int place,
                                            const uint32_t (&pairs)[2]) {
   uint32_t to[2] = {pairs[0], pairs[1]};
   if (W::kBits == 4) PairWithNeighbour(to, self.lane);
-  *reinterpret_cast<uint2*>(self.activations + slot * Activations<kRows>::kSlotBytes +
-                            line * kLine + (place ^ line % 2 * 8) * 8) = make_uint2(to[0], to[1]);
+  *reinterpret_cast<uint2*>(self.activations + line * kLine + (place ^ line % 2 * 8) * 8) =
+      make_uint2(to[0], to[1]);
 }
 
-// Splits four numbers into two of 16 bits each and stages them. Finite numbers stay finite.
+// Splits four numbers of a chunk's row into two of 16 bits each and stages them. Finite numbers stay
+// finite.
 template <typename W, int kRows>
-__device__ __forceinline__ void StageFour(Thread<kRows>& self, int slot, int row, int place,
-                                          float (&x)[4]) {
+__device__ __forceinline__ void StageFour(Thread<kRows>& self, int chunk, int row, int place,
+                                          const float (&x)[4]) {
   using T = typename W::Element;
   uint32_t high[2], low[2];
 #pragma unroll
@@ -62,26 +63,40 @@ __device__ __forceinline__ void StageFour(Thread<kRows>& self, int slot, int row
     Vector<T>::UnpackPair(high[i], back);
     low[i] = RoundPairFinite<T>(x[2 * i] - back[0], x[2 * i + 1] - back[1]);
   }
-  StorePairs<W>(self, slot, 2 * row, place, high);
-  StorePairs<W>(self, slot, 2 * row + 1, place, low);
+  const int line = 2 * (chunk * kRows + row);
+  StorePairs<W>(self, line, place, high);
+  StorePairs<W>(self, line + 1, place, low);
 }
 
-// The same for numbers that are rounded already.
+// Stages four numbers that are rounded already.
 template <typename W, int kRows>
-__device__ __forceinline__ void StageTwoPairs(Thread<kRows>& self, int slot, int row, int place,
+__device__ __forceinline__ void StageTwoPairs(Thread<kRows>& self, int chunk, int row, int place,
                                               uint32_t first, uint32_t second) {
-  const uint32_t pairs[2] = {first, second}, none[2] = {0, 0};
-  StorePairs<W>(self, slot, 2 * row, place, pairs);
-  StorePairs<W>(self, slot, 2 * row + 1, place, none);
+  const uint32_t pairs[2] = {first, second};
+  StorePairs<W>(self, chunk * kRows + row, place, pairs);
 }
 
-// The 8 columns of a fragment that this lane multiplies, of line `line`.
+// The 8 columns of a fragment that this lane multiplies, of a line.
 template <int kRows>
-__device__ __forceinline__ uint4 StagedEight(const Thread<kRows>& self, int slot, int line,
-                                             int fragment) {
-  return *reinterpret_cast<const uint4*>(self.activations + slot * Activations<kRows>::kSlotBytes +
-                                         line * kLine + (fragment ^ (line & 1)) * 64 +
-                                         self.lane % 4 * 16);
+__device__ __forceinline__ uint4 StagedEight(const Thread<kRows>& self, int line, int fragment) {
+  return *reinterpret_cast<const uint4*>(self.activations + line * kLine +
+                                         (fragment ^ (line & 1)) * 64 + self.lane % 4 * 16);
+}
+
+// The activations of a chunk as the matrix units take them: fragments of this lane's half, or all. A
+// row has two columns, the second of which is zero where numbers have one part.
+template <bool kTwoParts, int kRows>
+__device__ __forceinline__ void ReadStaged(const Thread<kRows>& self, int chunk, uint4 (&x)[4]) {
+  const int group = self.lane / 4;
+  // With one row, columns 2 and 3 of a half repeat the first two; nobody reads their sums.
+  const int column = kRows <= 2 ? group % (2 * kRows) : group;
+  const int first = kRows <= 2 ? group / 4 * 2 : 0;
+  const int line = kTwoParts ? 2 * kRows * chunk + column : kRows * chunk + column / 2;
+#pragma unroll
+  for (int i = 0; i < (kRows <= 2 ? 2 : 4); ++i) {
+    x[i] = make_uint4(0, 0, 0, 0);
+    if (kTwoParts || column % 2 == 0) x[i] = StagedEight(self, line, first + i);
+  }
 }
 
 __device__ __forceinline__ uint32_t ScaledPair(uint32_t pair, uint32_t minus, uint32_t scale) {
@@ -157,21 +172,6 @@ __device__ __forceinline__ float2 MultiplyTwo(const Held<W>& first, const Held<W
     MultiplyEight<T>(b, Fragment(first, i + 1), Fragment(second, i + 1), x[i + 1]);
   }
   return make_float2((a[0] + a[1]) + (b[0] + b[1]), (a[2] + a[3]) + (b[2] + b[3]));
-}
-
-// The activations that go with them, of a slot: fragments of this lane's half, or all.
-template <int kRows>
-__device__ __forceinline__ void ReadStaged(const Thread<kRows>& self, int slot, uint4 (&x)[4]) {
-  const int group = self.lane / 4;
-  if (kRows <= 2) {
-    // With one row, columns 2 and 3 of a half repeat the first two; nobody reads their sums.
-    const int line = group % (2 * kRows);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) x[i] = StagedEight(self, slot, line, group / 4 * 2 + i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = StagedEight(self, slot, group, i);
-  }
 }
 
 // The warp's part of the next batch of the ring, `count` stages.

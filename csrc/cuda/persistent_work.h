@@ -12,59 +12,50 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Four columns of an attended row that has splits: puts together what they gave, in their order.
+// Four columns of an attended row that has splits: puts together what they gave, in their order. All
+// pieces are on their way at once.
 template <typename W, int kRows>
 __device__ __forceinline__ void GatherSplits(const Thread<kRows>& self, int row, int column,
                                              bool own, uint32_t epoch, float (&x)[4]) {
-  constexpr int kBatch = 4;  // splits whose pieces are on their way at once
+  constexpr int kSplits = kMaxSplits / kRows;
   const Plan& plan = self.plan;
   const uint4* const values =
       plan.exchange + plan.products[kOut].source + row * (plan.hidden / 4) + column / 4;
   const uint4* const stats =
       plan.exchange + plan.split_stats + row * plan.heads + column / plan.head_size;
   const int splits = own && self.Active(row) ? self.shared.rows[row].splits : 0;
+  uint4 pieces[2 * kSplits];
+  const auto at = [&](int i) -> const uint4* {
+    const int place = i / 2 * kPersistentRows;
+    return i % 2 == 0 ? values + place * (plan.hidden / 4) : stats + place * plan.heads;
+  };
+#pragma unroll
+  for (int i = 0; i < 2 * kSplits; ++i) {
+    // A sequence that is not split has no stats.
+    pieces[i] = AskForPiece(at(i), epoch, i / 2 < splits && (i % 2 == 0 || splits > 1));
+  }
+  WaitForPieces(pieces, at, epoch);
+  if (splits == 1) {  // its maximum is zero already
+    pieces[1].y = __float_as_uint(1.0f);
+    pieces[0] = UnstagePiece<W>(pieces[0]);
+  }
   float max = -Infinity(), sum = 0.0f;
 #pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    if (i < splits) max = fmaxf(max, __uint_as_float(pieces[2 * i + 1].x));
+  }
+#pragma unroll
   for (int e = 0; e < 4; ++e) x[e] = 0.0f;
-#pragma unroll 1
-  for (int first = 0; first < kMaxSplits / kRows; first += kBatch) {
-    uint4 pieces[2 * kBatch];
-    const auto at = [&](int i) -> const uint4* {
-      const int place = (first + i / 2) * kPersistentRows;
-      return i % 2 == 0 ? values + place * (plan.hidden / 4) : stats + place * plan.heads;
-    };
 #pragma unroll
-    for (int i = 0; i < 2 * kBatch; ++i) {
-      // A sequence that is not split has no stats.
-      pieces[i] = AskForPiece(at(i), epoch, first + i / 2 < splits && (i % 2 == 0 || splits > 1));
-    }
-    WaitForPieces(pieces, at, epoch);
-    if (splits == 1) {  // its maximum is zero already
-      pieces[1].y = __float_as_uint(1.0f);
-      pieces[0] = UnstagePiece<W>(pieces[0]);
-    }
-    float greater = max;
+  for (int i = 0; i < kSplits; ++i) {
+    const uint4& stat = pieces[2 * i + 1];
+    const float weight = i < splits ? Exp2(__uint_as_float(stat.x) - max) : 0.0f;
+    // The third number is zero: it is read because the 16 bytes have to be read as one.
+    sum = fmaf(__uint_as_float(stat.y), weight, sum) + __uint_as_float(stat.z);
+    float more[4];
+    UnpackPiece(pieces[2 * i], more);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i < splits) greater = fmaxf(greater, __uint_as_float(pieces[2 * i + 1].x));
-    }
-    const float base = greater == -Infinity() ? 0.0f : greater;
-    const float keep = Exp2(max - base);
-    max = greater;
-    sum *= keep;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= keep;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const uint4& stat = pieces[2 * i + 1];
-      const float weight = first + i < splits ? Exp2(__uint_as_float(stat.x) - base) : 0.0f;
-      // The third number is zero: it is read because the 16 bytes have to be read as one.
-      sum = fmaf(__uint_as_float(stat.y), weight, sum) + __uint_as_float(stat.z);
-      float more[4];
-      UnpackPiece(pieces[2 * i], more);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
-    }
+    for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
   }
   const float each = splits > 0 ? __fdividef(1.0f, sum) : 0.0f;
 #pragma unroll
@@ -188,7 +179,9 @@ __device__ __forceinline__ void StageSplits(Thread<kRows>& self, const Work& wor
     GatherSplits<W>(self, i % kRows, column, column < work.in, epoch, x);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= 1.0f / W::kUnit;
-    StageFour<W>(self, i / kRows, i % kRows, place, x);
+    using T = typename W::Element;
+    StageTwoPairs<W>(self, i / kRows, i % kRows, place, RoundPairFinite<T>(x[0], x[1]),
+                     RoundPairFinite<T>(x[2], x[3]));
   }
   __syncwarp();
 }
@@ -199,7 +192,7 @@ class Multiplication {
   static constexpr int kNext = kRows * kTile * Partial<kRows>::kStride;  // floats from tile to tile
 
  public:
-  static constexpr int kHeld = StagesAtOnce(kRows, kNormed);
+  static constexpr int kHeld = StagesAtOnce(kRows);
 
   // A group of tiles begins.
   __device__ __forceinline__ void Begin(const Thread<kRows>& self, const Work& work, int tiles) {
@@ -218,7 +211,7 @@ class Multiplication {
     const int lane = self.lane;
     uint4 x[4];
     if (kOneChunk) {
-      ReadStaged(self, 0, x);
+      ReadStaged<kNormed>(self, 0, x);
       // A warp without columns has zeros to give.
       const bool own = self.warp * kSpan < work.in;
 #pragma unroll
@@ -237,7 +230,7 @@ class Multiplication {
       for (int j = 0; j < kHeld; ++j) {
         if (j >= left_) continue;
         if (chunk_ * kChunk + self.warp * kSpan < work.in) {
-          ReadStaged(self, chunk_, x);
+          ReadStaged<kNormed>(self, chunk_, x);
           total_ += MultiplyOne<W, kRows>(held[j], x, lane);
         }
         if (++chunk_ == work.chunks) {
