@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <string>
 
 #include "cuda/foreign.h"
@@ -288,13 +287,12 @@ void CudaDevice::PreparePersistent() {
   const auto product = [](const Matrix& w, const float* bias) {
     PersistentProduct p;
     p.weights = w.data;
+    p.scales = w.scales;
     p.bias = bias;
     return p;
   };
-  const auto normed = [](const Matrix& w, const Norm& norm, const FoldedNorm& folded) {
-    PersistentProduct p;
-    p.weights = w.data;
-    p.bias = folded.bias;
+  const auto normed = [&](const Matrix& w, const Norm& norm, const FoldedNorm& folded) {
+    PersistentProduct p = product(w, folded.bias);
     p.norm_weight = norm.weight;
     p.sums = folded.sums;
     return p;
@@ -312,10 +310,11 @@ void CudaDevice::PreparePersistent() {
   args.feed_forward_out = product(layer.feed_forward_out, layer.feed_forward_out.bias);
   args.layer_bytes = weights_->layer_bytes();
   args.head = normed(weights_->head(), weights_->final_norm(), weights_->folded_final());
-  args.embedding = weights_->embedding().data;
+  args.embedding = weights_->embedding();
   args.positions = weights_->positions();
   args.position_stride = config_.hidden_size;
   args.cache = layout_;
+  args.overlap = true;
   bool any = false;
   for (int32_t rows = 1; rows <= kPersistentRows; ++rows) {
     args.rows = rows;
@@ -333,21 +332,27 @@ bool CudaDevice::RunsPersistent(int32_t rows) const {
 
 void CudaDevice::LaunchPersistent(int32_t rows) {
   PersistentArgs& args = persistent_;
-  const auto epochs = static_cast<uint32_t>(config_.num_layers) + 1;
   // The first step, and the one in some hours whose epochs would not be new.
-  if (args.epoch == 0 || args.epoch > std::numeric_limits<uint32_t>::max() - epochs) {
+  if (persistent_steps_left_ == 0) {
     Check(cudaMemsetAsync(exchange_.as<>(), 0, exchange_.size(), stream_),
           "clearing device memory");
-    args.epoch = 1;
+    persistent_steps_left_ = PersistentStepsBetweenZeros(args);
   }
   args.rows = rows;
   args.row_list = layer_space_.row_list.as<Row>();
   args.slots = device_slots_.as<Slot>();
   args.logits = decode_space_.logits.as<float>();
   args.ld = logits_stride_;
-  Check(PersistentStep(args, stream_), "launching a step");
+  cudaError_t status = PersistentStep(args, stream_);
+  if (status != cudaSuccess && args.overlap) {
+    // A driver that cannot start such a kernel early starts it when its turn has come.
+    static_cast<void>(cudaGetLastError());
+    args.overlap = false;
+    status = PersistentStep(args, stream_);
+  }
+  Check(status, "launching a step");
   ++persistent_steps;
-  args.epoch += epochs;
+  --persistent_steps_left_;
 }
 
 void CudaDevice::LaunchForward(int32_t rows) {

@@ -151,6 +151,7 @@ class CudaDevice {
   std::map<int32_t, cudaGraphExec_t> graphs_;       // by rows
   PersistentArgs persistent_;                       // but for what a step brings
   bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
+  uint32_t persistent_steps_left_ = 0;              // before the exchange has to be zeroed
   DeviceMemory exchange_;
   std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
 };

@@ -22,6 +22,13 @@
 #define FASTGEN_ARCH_HAS_PERSISTENT 0
 #endif
 
+// A kernel's parameter that is never copied to where threads could change it.
+#if FASTGEN_CUDA_HAS_PERSISTENT
+#define FASTGEN_GRID_CONSTANT __grid_constant__
+#else
+#define FASTGEN_GRID_CONSTANT
+#endif
+
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
 namespace fastgen {
@@ -41,6 +48,13 @@ __device__ __forceinline__ void BarrierInitDone() {
 
 __device__ __forceinline__ void BarrierArriveExpect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Announces bytes, before the last arrival of the phase.
+__device__ __forceinline__ void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
                "r"(bytes)
                : "memory");
 }
@@ -69,6 +83,19 @@ __device__ __forceinline__ uint64_t ReadOncePolicy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+
+// True for one lane of the warp.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, one;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
 }
 
 // Addresses and size are multiples of 16 bytes.
@@ -116,16 +143,39 @@ __device__ __forceinline__ void StoreWhole(uint4* to, uint4 v) {
       : "memory");
 }
 
-// ---- the rest -------------------------------------------------------------------------------------
+// ---- what has to be read here and now -----------------------------------------------------------
 
-// A barrier of the first kThreads threads of the block.
-template <int kThreads>
-__device__ __forceinline__ void SyncFirst() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+// The compiler moves ordinary reads of constant data behind barriers, and then all wait for them.
+__device__ __forceinline__ float LoadNow(const float* from) {
+  float value;
+  asm volatile("ld.volatile.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 LoadNow(const float4* from) {
+  float4 v;
+  asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
 }
 
-__device__ __forceinline__ uint32_t WarpMaxBits(uint32_t x) {
-  return __reduce_max_sync(0xffffffffu, x);
+// ---- the rest -------------------------------------------------------------------------------------
+
+// Barriers of kThreads threads of the block, by number; 0 is __syncthreads'. Those that arrive do not
+// wait for the others.
+template <int kThreads>
+__device__ __forceinline__ void ArriveAt(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void WaitAt(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// Orders this thread's stores to shared memory before what the bulk engine does after a barrier.
+__device__ __forceinline__ void FenceForBulk() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void PrefetchToL2(const void* global) {
@@ -149,6 +199,24 @@ template <>
 __device__ __forceinline__ uint32_t RoundPair<BFloat16>(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The same, but what is too large becomes the largest number.
+template <typename T>
+__device__ __forceinline__ uint32_t RoundPairFinite(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t RoundPairFinite<__half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t RoundPairFinite<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 

@@ -1,12 +1,15 @@
 // The persistent kernel: a step of the decoder, and its launch. persistent_device.h says how its blocks
-// talk to each other, persistent_product.h and persistent_attention.h what they compute.
+// talk to each other, the other persistent_*.h what their warps do.
 #include "cuda/persistent.h"
 
 #include <cmath>
 
 #include "cuda/launch.h"
+#include "cuda/pack.h"
 #include "cuda/persistent_attention.h"
-#include "cuda/persistent_product.h"
+#include "cuda/persistent_finish.h"
+#include "cuda/persistent_stream.h"
+#include "cuda/persistent_work.h"
 
 namespace fastgen {
 namespace cuda {
@@ -16,16 +19,17 @@ namespace {
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
 // A position holds its token and all before it, so parts follow from the number of positions.
-__device__ __forceinline__ void CutRow(RowState* row, int max_splits) {
+template <int kRows>
+__device__ __forceinline__ void CutRow(RowState* row) {
   constexpr int kPart = 128;  // positions that are worth a block of their own
   const int positions = row->position + 1;
-  const int wanted = max(1, min(max_splits, (positions + kPart - 1) / kPart));
+  const int wanted = max(1, min(kMaxSplits / kRows, (positions + kPart - 1) / kPart));
   const int span = (positions + wanted - 1) / wanted;
   row->span = max(1, (span + kPage - 1) / kPage) * kPage;
   row->splits = max(1, (positions + row->span - 1) / row->span);
 }
 
-// What the block has to know of the step, read by its first threads.
+// What the block has to know of the step, read by its first warps.
 template <int kRows>
 __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared) {
   const int i = threadIdx.x;
@@ -41,129 +45,159 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
         if (row.position >= 0) row.token = slot.tokens[row.position];
       }
     }
-    CutRow(&row, plan.max_splits);
+    CutRow<kRows>(&row);
     shared.rows[i] = row;
   }
-  if (i == 64) {
-    for (int s = 0; s < plan.stages; ++s) {
-      BarrierInit(shared.full + s, 1);
-      BarrierInit(shared.empty + s, kWarps);
-    }
-    BarrierInitDone();
+  if (i == 32) shared.epoch = plan.state[0] + 1u;
+  if (i >= 64 && i < 64 + kPhases) {
+    const Product& product = plan.products[i - 64];
+    Work work;
+    work.tiles = i - 64 == kAttention ? 0 : TilesOf(product);
+    work.chunks = product.chunks;
+    work.in = product.in;
+    work.row_pieces = product.in / 4;
+    work.source = plan.exchange + product.source;
+    work.gamma = product.norm_weight;
+    shared.work[i - 64] = work;
   }
 }
 
-// The warp that streams weights: blocks of weights in the order in which RunProduct takes them, a row
-// of a block by a lane.
-template <int kRows>
-__device__ __forceinline__ void StreamWeights(const Plan& plan, Shared<kRows>& shared, char* ring) {
-  const int lane = threadIdx.x % 32;
-  const uint64_t policy = ReadOncePolicy();
-  int stage = 0;
-  uint32_t parity = 1;
-  for (int p = 0; p <= 5 * plan.layers; ++p) {
-    const int layer = p / 5;
-    const int phase = layer == plan.layers ? kHead : p % 5;
-    if (phase == kAttention) continue;
-    const Product& product = plan.products[phase];
-    const int tiles = TilesOf(product);
-    const char* const weights = product.weights + (phase == kHead ? 0 : layer) * plan.layer_bytes;
-    for (int group = 0; group < tiles; group += kRound) {
-      for (int chunk = 0; chunk < product.chunks; ++chunk) {
-        const int column = chunk * product.chunk_columns;
-        const uint32_t bytes = 2u * min(product.chunk_columns, product.in - column);
-        for (int j = group; j < min(group + kRound, tiles); ++j) {
-          const int row = (j * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * kTile;
-          const int rows = min(kTile, product.out - row);
-          BarrierWait(shared.empty + stage, parity);
-          if (lane == 0) BarrierArriveExpect(shared.full + stage, rows * bytes);
-          __syncwarp();
-          if (lane < rows) {
-            BulkCopy(ring + stage * plan.stage_bytes + lane * plan.row_stride,
-                     weights + (static_cast<int64_t>(row + lane) * product.in + column) * 2, bytes,
-                     shared.full + stage, policy);
-          }
-          if (++stage == plan.stages) {
-            stage = 0;
-            parity ^= 1u;
-          }
-        }
-      }
-    }
+// Element n of a token's embedding.
+template <typename W>
+__device__ __forceinline__ float EmbeddingAt(const Matrix& table, int token, int n) {
+  const char* const row = static_cast<const char*>(table.data) + token * table.row_bytes;
+  if (W::kScales == 0) {
+    float pair[2];
+    Vector<typename W::Element>::UnpackPair(reinterpret_cast<const uint16_t*>(row)[n], pair);
+    return pair[0];
   }
+  const __half* const scales = static_cast<const __half*>(table.scales);
+  const float scale =
+      __half2float(scales[static_cast<int64_t>(token) * table.scale_stride + n / kGroup]);
+  const int q = W::kBits == 8 ? reinterpret_cast<const int8_t*>(row)[n]
+                              : (row[n / 2] >> (n % 2 * 4) & 15) - 8;
+  return scale * static_cast<float>(q);
 }
 
-// The first layer's input, by the threads that keep the residual stream of those columns.
-template <typename T, int kRows>
-__device__ __forceinline__ void Embed(Thread<kRows>& self) {
+// The first layer's input, by the finishers that keep the residual stream of those columns.
+template <typename W, int kRows>
+__device__ __forceinline__ void Embed(Thread<kRows>& self,
+                                      float (&residual)[Threads<kRows>::kOutputs]) {
   const Plan& plan = self.plan;
-  const int i = static_cast<int>(threadIdx.x);
-  const int outputs = TilesOf(plan.products[kOut]) * kRows * kTile;
-  if (self.warp * 32 >= outputs) return;
-  const int row = i / kTile % kRows;
-  const int n =
-      (i / (kTile * kRows) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * kTile +
-      i % kTile;
-  const bool own = i < outputs && self.Active(row);
-  if (own) {
-    const RowState& state = self.shared.rows[row];
-    float token[2];
-    const int64_t at = static_cast<int64_t>(state.token) * plan.hidden + n;
-    Vector<T>::UnpackPair(static_cast<const uint16_t*>(plan.embedding)[at], token);
-    self.residual = token[0] + plan.positions[state.position * plan.position_stride + n];
+  const Product& keeper = plan.products[kOut];
+#pragma unroll
+  for (int i = 0; i < Threads<kRows>::kOutputs; ++i) {
+    const Output<kRows> output(self, keeper, 0, TilesOf(keeper), i);
+    residual[i] = 0.0f;
+    if (output.own) {
+      const RowState& state = self.shared.rows[output.row];
+      residual[i] = EmbeddingAt<W>(plan.embedding, state.token, output.n) +
+                    plan.positions[state.position * plan.position_stride + output.n];
+    }
+    Publish(plan.exchange + plan.products[kQkv].source + (output.row * plan.hidden + output.n) / 4,
+            residual[i], self.epoch, output.own && self.lane % 4 == 0);
   }
-  PublishLanes(plan.exchange + plan.products[kQkv].source + (row * plan.hidden + n) / 4,
-               self.residual, plan.epoch, own && self.lane % 4 == 0);
+}
+
+// Counts the step when all blocks have read which one it is.
+__device__ __forceinline__ void CountStep(const Plan& plan, uint32_t epoch) {
+  if (atomicAdd(plan.state + 1, 1u) + 1u != gridDim.x) return;
+  plan.state[1] = 0;
+  plan.state[0] = epoch + static_cast<uint32_t>(plan.layers);
 }
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, 1) StepKernel(const Plan plan) {
+template <typename W, int kRows>
+__global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
+    StepKernel(const FASTGEN_GRID_CONSTANT Plan plan) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   extern __shared__ __align__(128) char persistent_memory[];
   Shared<kRows>& shared = *reinterpret_cast<Shared<kRows>*>(persistent_memory);
   char* const activations = persistent_memory + sizeof(Shared<kRows>);
-  char* const ring = activations + plan.slots * (kWarps * Staged<T, kRows>::kSlot);
-  ReadStep(plan, shared);
-  if (threadIdx.x == 96) shared.plan = plan;
-  __syncthreads();
-  uint32_t active = 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) active |= (shared.rows[r].position >= 0 ? 1u : 0u) << r;
-  if (active == 0) return;
+  char* const ring = activations + plan.lines * Activations<kRows>::kWarpsBytes;
+  constexpr int kThreads = Threads<kRows>::kCount;
+  constexpr int kFinisherWarps = Threads<kRows>::kFinishers / 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (warp == kWarps) {
-    StreamWeights(plan, shared, ring);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kMaxStages; ++s) {
+      BarrierInit(shared.full + s, 1);
+      BarrierInit(shared.empty + s, kWarps);
+    }
+    BarrierInit(shared.finished, kFinisherWarps);
+    BarrierInit(shared.finished + 1, kFinisherWarps);
+    BarrierInitDone();
+  }
+  for (int i = threadIdx.x * 16; i < plan.clear; i += kThreads * 16) {
+    *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
+  }
+  if (plan.clear > 0) FenceForBulk();
+  __syncthreads();
+  if (warp == kWarps + kFinisherWarps) {
+    Streamer<W, kRows>(plan, shared, ring).Run();
     return;
   }
-  Thread<kRows> self = {shared.plan,
+  WaitForGrid();
+  ReadStep(plan, shared);
+  WaitAt<kThreads - 32>(kReaders);
+  ArriveAt<kThreads>(kStarted);
+  const uint32_t active = ActiveRows(shared);
+  if (active == 0) return;
+  const bool worker = warp < kWarps;
+  Thread<kRows> self = {plan,
                         shared,
-                        activations + warp * plan.slots * Staged<T, kRows>::kSlot,
+                        activations + warp * plan.lines * Activations<kRows>::kBytes,
                         ring,
-                        static_cast<int>(threadIdx.x),
-                        warp,
+                        static_cast<int>(threadIdx.x) - (worker ? 0 : kWorkers),
+                        worker ? warp : warp - kWarps,
                         static_cast<int>(threadIdx.x) % 32,
-                        active};
-  Embed<T>(self);
-  int phase = kQkv, layer = 0;
+                        active,
+                        shared.epoch,
+                        worker};
+  // A copy of the code serves as many phases as it can, so that all stay in the instruction cache.
+  if (worker) {
+    Unit unit;
+    const char* const first_key =
+        FindUnit(self, FirstUnit(), &unit) ? FirstKey(self, unit) : nullptr;
+    int phase = kQkv;
 #pragma unroll 1
-  for (int p = 0; p <= 5 * plan.layers; ++p) {
-    // One copy of the code serves all phases, so that it stays in the instruction cache.
-    phase = Opaque(layer == plan.layers ? static_cast<int>(kHead) : phase);
-    const int here = Opaque(layer);
-    self.Forget();
-    if (phase == kAttention) {
-      RunAttention<T>(self, here);
-    } else {
-      if (phase == kQkv) PrefetchUnit(self, here);
-      RunProduct<T>(self, phase, here);
+    for (int layer = 0; layer <= plan.layers;) {
+      if (layer == plan.layers) phase = kHead;
+      const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer);
+      if (phase == kAttention) {
+        WorkOnAttention<W>(self, first_key, layer);
+      } else if (phase == kOut || phase == kDown) {
+        WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
+      } else {
+        if (phase == kQkv) PrefetchUnit(self, first_key, layer);
+        if (plan.hidden <= kChunk) {
+          WorkOnProduct<W, kRows, true, true>(self, phase, layer, epoch + (phase == kIn ? 1u : 0u));
+        } else {
+          WorkOnProduct<W, kRows, true, false>(self, phase, layer,
+                                               epoch + (phase == kIn ? 1u : 0u));
+        }
+      }
+      if (++phase >= kHead) {
+        phase = kQkv;
+        ++layer;
+      }
     }
-    if (++phase == kHead) {
-      phase = kQkv;
-      ++layer;
+    return;
+  }
+  float residual[Threads<kRows>::kOutputs];
+  Embed<W>(self, residual);
+#pragma unroll 1
+  for (int layer = 0; layer < plan.layers; ++layer) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      FinishProduct<W, kRows, true>(self, half == 0 ? kQkv : kIn, layer, residual);
+      if (half == 0) FinishAttention<W>(self, layer);
+      FinishProduct<W, kRows, false>(self, half == 0 ? kOut : kDown, layer, residual);
     }
   }
+  LetNextGridStart();
+  FinishProduct<W, kRows, true>(self, kHead, plan.layers, residual);
+  if (self.thread == 0) CountStep(plan, self.epoch);
 #endif
 }
 
@@ -171,19 +205,22 @@ __global__ void __launch_bounds__(kThreads, 1) StepKernel(const Plan plan) {
 
 int32_t RowsOf(int32_t rows) { return rows <= 1 ? 1 : rows <= 2 ? 2 : 4; }
 
+template <typename W>
+const void* KernelFor(int32_t rows) {
+  return rows == 1   ? reinterpret_cast<const void*>(StepKernel<W, 1>)
+         : rows == 2 ? reinterpret_cast<const void*>(StepKernel<W, 2>)
+                     : reinterpret_cast<const void*>(StepKernel<W, 4>);
+}
+
 const void* KernelOf(DType dtype, int32_t rows) {
-  const bool half = dtype == DType::kFloat16;
-  switch (rows) {
-    case 1:
-      return half ? reinterpret_cast<const void*>(StepKernel<__half, 1>)
-                  : reinterpret_cast<const void*>(StepKernel<BFloat16, 1>);
-    case 2:
-      return half ? reinterpret_cast<const void*>(StepKernel<__half, 2>)
-                  : reinterpret_cast<const void*>(StepKernel<BFloat16, 2>);
-    default:
-      return half ? reinterpret_cast<const void*>(StepKernel<__half, 4>)
-                  : reinterpret_cast<const void*>(StepKernel<BFloat16, 4>);
+  switch (dtype) {
+    case DType::kFloat16: return KernelFor<Half>(rows);
+    case DType::kBFloat16: return KernelFor<Brain>(rows);
+    case DType::kInt8: return KernelFor<Int8>(rows);
+    case DType::kInt4: return KernelFor<Int4>(rows);
+    case DType::kFloat32: break;
   }
+  return nullptr;
 }
 
 int32_t SharedBytes(int32_t rows) {
@@ -192,34 +229,46 @@ int32_t SharedBytes(int32_t rows) {
                                           : sizeof(Shared<4>));
 }
 
+int32_t ThreadsOf(int32_t rows) {
+  return rows == 1 ? Threads<1>::kCount : rows == 2 ? Threads<2>::kCount : Threads<4>::kCount;
+}
+
+// Of a line of activations in all warps.
+int32_t LineBytes(int32_t rows) { return rows * Activations<1>::kWarpsBytes; }
+
 int32_t CeilOf(int32_t n, int32_t unit) { return (n + unit - 1) / unit; }
 
-Product MakeProduct(const PersistentProduct& from, int32_t in, int32_t out, int32_t blocks) {
+Product MakeProduct(const PersistentProduct& from, DType dtype, int32_t in, int32_t out,
+                    int32_t blocks, int32_t first, int32_t round) {
   Product to = {};
   to.weights = static_cast<const char*>(from.weights);
+  to.scales = static_cast<const char*>(from.scales);
   to.bias = from.bias;
   to.norm_weight = from.norm_weight;
   to.sums = from.sums;
+  to.row_bytes = RowBytes(dtype, in);
+  to.scale_bytes = int64_t{2} * ScaleStride(dtype, in);
   to.in = in;
   to.out = out;
-  to.tiles = CeilOf(out, kTile);
-  to.tiles_each = to.tiles / blocks;
-  to.tiles_left = to.tiles % blocks;
-  to.chunk_columns = CeilOf(CeilOf(in, CeilOf(in, kBlockColumns)), kUnit) * kUnit;
-  to.chunks = CeilOf(in, to.chunk_columns);
-  to.warp_units = CeilOf(to.chunk_columns, kWarps * kUnit);
+  const int32_t tiles = CeilOf(out, kTile);
+  to.tiles_each = tiles / blocks;
+  to.tiles_left = tiles % blocks;
+  to.first = first % blocks;
+  to.chunks = CeilOf(in, kChunk);
+  to.round = round;
   return to;
 }
 
 // Places of the exchange, in pieces.
 struct Places {
-  int32_t input, after_attention, qkv, attended, split_stats, wide, end;
+  int32_t state, input, after_attention, qkv, attended, split_stats, wide, end;
 };
 
 Places PlacesOf(const PersistentArgs& args) {
   const int32_t row = kPersistentRows * args.hidden / 4;
   Places p;
-  p.input = 0;
+  p.state = 0;
+  p.input = 8;  // a line of its own
   p.after_attention = p.input + row;
   p.qkv = p.after_attention + row;
   p.attended = p.qkv + 3 * row;
@@ -229,23 +278,45 @@ Places PlacesOf(const PersistentArgs& args) {
   return p;
 }
 
+int32_t StageBytes(DType dtype) {
+  switch (dtype) {
+    case DType::kInt8: return Stage<Int8>::kBytes;
+    case DType::kInt4: return Stage<Int4>::kBytes;
+    default: return Stage<Half>::kBytes;
+  }
+}
+
 // The plan for a device; false where the step does not fit.
 bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   const int32_t rows = RowsOf(args.rows);
-  const int32_t h = args.hidden;
+  const int32_t h = args.hidden, wide = args.intermediate;
+  const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   if (args.rows < 1 || args.rows > kPersistentRows || h <= 0 || args.layers <= 0) return false;
-  if (args.dtype != DType::kFloat16 && args.dtype != DType::kBFloat16) return false;
-  if (args.cache.dtype != args.dtype || args.heads <= 0 || h % args.heads != 0) return false;
+  if (args.dtype == DType::kFloat32) return false;
+  const DType cache = args.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+  if (args.cache.dtype != cache || args.heads <= 0 || h % args.heads != 0) return false;
   const int32_t head_size = h / args.heads;
   if (head_size % 8 != 0 || head_size > kMaxHeadSize) return false;
-  if (h % kUnit != 0 || args.intermediate % kUnit != 0 || args.intermediate <= 0) return false;
+  if (h % kGroup != 0 || wide % kGroup != 0 || wide <= 0) return false;
+  // The bulk engine copies multiples of 16 bytes.
+  if (scaled && (ScaleStride(args.dtype, h) % 8 != 0 || ScaleStride(args.dtype, wide) % 8 != 0)) {
+    return false;
+  }
 
   *plan = Plan();
-  plan->products[kQkv] = MakeProduct(args.qkv, h, 3 * h, blocks);
-  plan->products[kOut] = MakeProduct(args.attention_out, h, h, blocks);
-  plan->products[kIn] = MakeProduct(args.feed_forward_in, h, args.intermediate, blocks);
-  plan->products[kDown] = MakeProduct(args.feed_forward_out, args.intermediate, h, blocks);
-  plan->products[kHead] = MakeProduct(args.head, h, args.vocab, blocks);
+  const auto product = [&](Phase phase, const PersistentProduct& from, int32_t in, int32_t out,
+                           int32_t first) {
+    plan->products[phase] =
+        MakeProduct(from, args.dtype, in, out, blocks, first, StagesAtOnce(rows));
+    return plan->products[phase].first + plan->products[phase].tiles_left;
+  };
+  // Where tiles do not come out even, others have one more in the next product. The two that add to
+  // the residual stream have their outputs in the same threads.
+  const int32_t after_qkv = product(kQkv, args.qkv, h, 3 * h, 0);
+  const int32_t after_out = product(kOut, args.attention_out, h, h, after_qkv);
+  const int32_t after_in = product(kIn, args.feed_forward_in, h, wide, after_out);
+  product(kDown, args.feed_forward_out, wide, h, after_qkv);
+  product(kHead, args.head, h, args.vocab, after_in);
   const Places places = PlacesOf(args);
   plan->products[kQkv].source = plan->products[kDown].target = places.input;
   plan->products[kHead].source = places.input;
@@ -255,23 +326,15 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   plan->products[kIn].target = plan->products[kDown].source = places.wide;
   plan->split_stats = places.split_stats;
   // A thread keeps one number of the residual stream at most.
-  if (plan->products[kOut].tiles > kRound * blocks) return false;
+  if (CeilOf(h, kTile) > kRound * blocks) return false;
 
-  const int32_t h_chunks = plan->products[kQkv].chunks;
-  const int32_t most_chunks = plan->products[kDown].chunks;
-  plan->slots = h_chunks > most_chunks ? h_chunks : most_chunks;
-  // A round of several blocks of columns stages as many as it can hold.
-  if (plan->slots > 1) plan->slots = h_chunks > kRound ? h_chunks : kRound;
-  if (plan->slots > kMaxSlots) return false;
-  int32_t columns = plan->products[kQkv].chunk_columns;
-  if (plan->products[kDown].chunk_columns > columns) columns = plan->products[kDown].chunk_columns;
-  // Neighbouring rows start 64 bytes apart among the banks.
-  plan->row_stride = CeilOf(2 * columns, 128) * 128 + 64;
-  plan->stage_bytes = kTile * plan->row_stride;
-  const int32_t left = memory - SharedBytes(rows) - ActivationBytes(rows, plan->slots);
-  if (left < 3 * plan->stage_bytes) return false;
-  plan->stages = left / plan->stage_bytes;
+  const int32_t narrow_chunks = CeilOf(h, kChunk), wide_chunks = CeilOf(wide, kChunk);
+  plan->lines = 2 * narrow_chunks > wide_chunks ? 2 * narrow_chunks : wide_chunks;
+  const int32_t left = memory - SharedBytes(rows) - plan->lines * LineBytes(rows);
+  plan->stages = left / StageBytes(args.dtype);
   if (plan->stages > kMaxStages) plan->stages = kMaxStages;
+  if (plan->stages < kRound) return false;
+  if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);
 
   plan->layer_bytes = args.layer_bytes;
   plan->layers = args.layers;
@@ -279,11 +342,10 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   plan->heads = args.heads;
   plan->head_size = head_size;
   plan->rows = args.rows;
-  plan->max_splits = kMaxSplits / rows;
   plan->eps = args.eps;
   plan->query_scale = static_cast<float>(kLog2e / std::sqrt(static_cast<double>(head_size)));
   plan->exchange = static_cast<uint4*>(args.exchange);
-  plan->epoch = args.epoch;
+  plan->state = reinterpret_cast<uint32_t*>(plan->exchange + places.state);
   plan->embedding = args.embedding;
   plan->positions = args.positions;
   plan->position_stride = args.position_stride;
@@ -296,8 +358,8 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   return true;
 }
 
-int32_t PlanBytes(const Plan& plan, int32_t rows) {
-  return SharedBytes(rows) + ActivationBytes(rows, plan.slots) + plan.stages * plan.stage_bytes;
+int32_t PlanBytes(const Plan& plan, DType dtype, int32_t rows) {
+  return SharedBytes(rows) + plan.lines * LineBytes(rows) + plan.stages * StageBytes(dtype);
 }
 
 // The plan for the current device; *blocks is 0 where there is none.
@@ -320,12 +382,12 @@ cudaError_t PlanForDevice(const PersistentArgs& args, Plan* plan, int* blocks) {
   status = cudaFuncGetAttributes(&attributes, kernel);
   // Compiled for an older architecture the kernel is empty.
   if (status != cudaSuccess || attributes.ptxVersion < 90) return status;
-  const int bytes = PlanBytes(*plan, RowsOf(args.rows));
+  const int bytes = PlanBytes(*plan, args.dtype, RowsOf(args.rows));
   status = AllowSharedBytes(kernel, static_cast<size_t>(bytes));
   int per_processor = 0;
   if (status == cudaSuccess) {
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads,
-                                                           static_cast<size_t>(bytes));
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &per_processor, kernel, ThreadsOf(RowsOf(args.rows)), static_cast<size_t>(bytes));
   }
   if (status == cudaSuccess && per_processor > 0) *blocks = processors;
   return status;
@@ -354,12 +416,28 @@ cudaError_t PersistentStep(const PersistentArgs& args, cudaStream_t stream) {
   cudaError_t status = persistent::PlanForDevice(args, &plan, &blocks);
   if (status != cudaSuccess) return status;
   if (blocks == 0) return cudaErrorNotSupported;
-  void* arguments[] = {&plan};
+#if FASTGEN_CUDA_HAS_PERSISTENT
   const int32_t rows = persistent::RowsOf(args.rows);
-  return cudaLaunchCooperativeKernel(
-      persistent::KernelOf(args.dtype, rows), dim3(static_cast<unsigned>(blocks)),
-      dim3(persistent::kThreads), arguments, static_cast<size_t>(persistent::PlanBytes(plan, rows)),
-      stream);
+  const void* const kernel = persistent::KernelOf(args.dtype, rows);
+  void* arguments[] = {&plan};
+  // Cooperative: all blocks run at once or none does, whatever else is on the device.
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(persistent::ThreadsOf(rows)));
+  config.dynamicSmemBytes = static_cast<size_t>(persistent::PlanBytes(plan, args.dtype, rows));
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = args.overlap ? 2 : 1;
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+#else
+  static_cast<void>(stream);
+  return cudaErrorNotSupported;
+#endif
 }
 
 }  // namespace cuda

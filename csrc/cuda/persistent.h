@@ -16,20 +16,21 @@ constexpr int32_t kPersistentRows = 4;  // rows of a step at most
 // where sums_n = sum_k W_nk w_k, and bias_n has sum_k W_nk b_k in it: see FoldNorm in pack.h.
 struct PersistentProduct {
   const void* weights = nullptr;
+  const void* scales = nullptr;        // kInt8, kInt4: as Matrix has them
   const float* bias = nullptr;         // [out]
   const float* norm_weight = nullptr;  // [in], or null: the input is not normed
   const float* sums = nullptr;         // [out], where the input is normed
 };
 
 struct PersistentArgs {
-  DType dtype = DType::kFloat16;  // of weights and cache
+  DType dtype = DType::kFloat16;  // of weights, not kFloat32; the cache is kBFloat16 or kFloat16
   int32_t hidden = 0, intermediate = 0, vocab = 0, layers = 0, heads = 0;
   float eps = 0.0f;
   // Of the first layer; everything of layer i is i * layer_bytes behind it.
   PersistentProduct qkv, attention_out, feed_forward_in, feed_forward_out;
   int64_t layer_bytes = 0;
   PersistentProduct head;
-  const void* embedding = nullptr;   // [vocab, hidden], of `dtype`
+  Matrix embedding;                  // [vocab, hidden], of `dtype`
   const float* positions = nullptr;  // [max_positions, position_stride]
   int64_t position_stride = 0;
   CacheLayout cache;
@@ -41,12 +42,13 @@ struct PersistentArgs {
   int64_t ld = 0;
 
   // What the blocks exchange, PersistentExchangeBytes(), zero before the first step. Every number in
-  // it is marked with the epoch it belongs to: a step uses the epochs [epoch, epoch + layers], which
-  // no step since the zeros may have used, and of which none is 0.
+  // it is marked with the epoch it belongs to, which the steps themselves count: after
+  // PersistentStepsBetweenZeros() steps it has to be zeroed again.
   void* exchange = nullptr;
-  uint32_t epoch = 0;
   // Where not null, clocks of what happens: see StampIndex.
   int64_t* stamps = nullptr;
+  // As for Linear in kernels.h: the step starts to read weights before the kernel before has ended.
+  bool overlap = false;
 };
 
 // Moments of a block's phase, in the order of StampIndex.
@@ -76,6 +78,9 @@ int32_t PersistentBlocks(const PersistentArgs& args);
 inline bool PersistentSupported(const PersistentArgs& args) { return PersistentBlocks(args) > 0; }
 
 size_t PersistentExchangeBytes(const PersistentArgs& args);
+inline uint32_t PersistentStepsBetweenZeros(const PersistentArgs& args) {
+  return 0xfffffff0u / (static_cast<uint32_t>(args.layers) + 1u) - 1u;
+}
 
 // Launches a step. A row's logits depend on the row and on the number of rows, rounded up to 1, 2 or
 // 4, but not on what the other rows are.

@@ -1,5 +1,5 @@
 // Attention of the persistent kernel. A unit is a row, a head and a part of the row's positions; a
-// block takes a unit, its warps take positions, and one barrier puts the warps together. Keys and values
+// block takes a unit, its workers take positions, and its finishers put them together. Keys and values
 // that are in the cache are on their way before the query is there; those of the newest position come
 // from the exchange, and the unit that sees them writes them to the cache.
 #pragma once
@@ -11,6 +11,8 @@
 namespace fastgen {
 namespace cuda {
 namespace persistent {
+
+constexpr int kLoads = 4;  // of keys, and of values, that a thread holds
 
 // Units of attention, counted from the last block down: the first have the most outputs to compute.
 struct Unit {
@@ -45,54 +47,75 @@ __device__ __forceinline__ int FirstUnit() {
   return static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
 }
 
-// How a warp reads keys and values: kLanes lanes hold a position, 8 numbers each.
-template <typename T, int kLanes_>
+// A thread's key of the warp's positions from `first` on, in the first layer: `lanes` lanes hold a
+// position, 8 numbers each.
+template <int kRows>
+__device__ __forceinline__ const char* KeyAt(const Thread<kRows>& self, const Unit& unit, int first,
+                                             int lanes) {
+  const CacheLayout& cache = self.plan.cache;
+  const int dim = self.lane % lanes * 8;
+  return self.shared.rows[unit.row].pages[first / kPage] +
+         (HeadOffset(cache, 0, 0, unit.head) +
+          (first % kPage + self.lane / lanes) * cache.head_stride + dim) *
+             2;
+}
+
+// The same for the first key of a unit; null where it is not in the cache.
+template <int kRows>
+__device__ __forceinline__ const char* FirstKey(const Thread<kRows>& self, const Unit& unit) {
+  const int lanes = self.plan.head_size <= 64 ? 8 : 16;
+  const int first = unit.begin + self.warp * (kLoads * 32 / lanes);
+  const bool cached = first < unit.end - (unit.newest ? 1 : 0);
+  return cached ? KeyAt(self, unit, first, lanes) : nullptr;
+}
+
+// Bytes of the cache from keys to values of a head, and from layer to layer.
+__device__ __forceinline__ int64_t ToValues(const CacheLayout& cache) {
+  return HeadOffset(cache, 0, 1, 0) * 2;
+}
+__device__ __forceinline__ int64_t ToLayer(const CacheLayout& cache, int layer) {
+  return HeadOffset(cache, layer, 0, 0) * 2;
+}
+
+// Tells the L2 cache which keys and values the block will read first in this layer.
+template <int kRows>
+__device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, const char* first_key,
+                                             int layer) {
+  if (first_key == nullptr || self.lane % 8 != 0) return;
+  const CacheLayout& cache = self.plan.cache;
+  const int step = self.plan.head_size <= 64 ? 4 : 2;  // positions of a load
+  const char* const at = first_key + ToLayer(cache, layer);
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const char* const here = at + i * step * cache.head_stride * 2;
+    PrefetchToL2(here);
+    PrefetchToL2(here + ToValues(cache));
+  }
+}
+
+// How a warp reads keys and values: kLanes lanes hold a position.
+template <int kLanes_>
 struct Reading {
   static constexpr int kLanes = kLanes_;
-  static constexpr int kLoads = 4;
   static constexpr int kStep = 32 / kLanes;          // positions of a load
   static constexpr int kSpan = kLoads * kStep;       // of a warp
   static constexpr int kRoundSpan = kWarps * kSpan;  // of a block
   static_assert(kPage % kSpan == 0, "a warp's positions lie in a page");
 };
 
-// Tells the L2 cache which keys and values the block will read in this layer.
-template <int kRows>
-__device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, int layer) {
-  Unit unit;
-  if (!FindUnit(self, FirstUnit(), &unit)) return;
-  const CacheLayout& cache = self.plan.cache;
-  const int kind = self.thread & 1;
-  const int position = unit.begin + self.thread / 2;
-  if (position >= unit.end - (unit.newest ? 1 : 0)) return;
-  const char* const page = self.shared.rows[unit.row].pages[position / kPage];
-  const char* const at =
-      page + (HeadOffset(cache, layer, kind, unit.head) + position % kPage * cache.head_stride) * 2;
-  for (int byte = 0; byte < cache.head_stride * 2; byte += 128) PrefetchToL2(at + byte);
-}
-
-// The warp's part of a round's keys (kind 0) or values (kind 1), as far as they are in the cache.
+// The warp's part of a round's keys or values, which begin at `at` (not read where null), as far as
+// they are in the cache.
 template <typename R, int kRows>
-__device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit& unit, int layer,
-                                          int kind, int first, uint4 (&to)[R::kLoads]) {
-  const CacheLayout& cache = self.plan.cache;
+__device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit& unit, int first,
+                                          const char* at, uint4 (&to)[kLoads]) {
   const int cached = unit.end - (unit.newest ? 1 : 0);
-  const int dim = self.lane % R::kLanes * 8;
-  const int sub = self.lane / R::kLanes;
-  const char* at = nullptr;
-  if (first < cached) {
-    at = self.shared.rows[unit.row].pages[first / kPage] +
-         (HeadOffset(cache, layer, kind, unit.head) + (first % kPage + sub) * cache.head_stride +
-          dim) *
-             2;
-  }
-  const int left = dim < self.plan.head_size ? cached - first - sub : 0;
+  const bool own = at != nullptr && self.lane % R::kLanes * 8 < self.plan.head_size;
+  const int left = own ? cached - first - self.lane / R::kLanes : 0;
+  const int stride = R::kStep * self.plan.cache.head_stride * 2;
 #pragma unroll
-  for (int i = 0; i < R::kLoads; ++i) {
+  for (int i = 0; i < kLoads; ++i) {
     to[i] = make_uint4(0, 0, 0, 0);
-    if (i * R::kStep < left) {
-      to[i] = *reinterpret_cast<const uint4*>(at + i * R::kStep * cache.head_stride * 2);
-    }
+    if (i * R::kStep < left) to[i] = *reinterpret_cast<const uint4*>(at + i * stride);
   }
 }
 
@@ -135,19 +158,14 @@ __device__ __forceinline__ void StoreNewest(const Thread<kRows>& self, const Uni
 }
 
 template <typename T, int kLanes, int kRows>
-__device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, int layer) {
-  using R = Reading<T, kLanes>;
+__device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
+                                        const char* first_key, int layer) {
+  using R = Reading<kLanes>;
   const Plan& plan = self.plan;
-  const uint32_t epoch = plan.epoch + static_cast<uint32_t>(layer) + 1u;
+  const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
   const int dim = self.lane % kLanes * 8;
   const int sub = self.lane / kLanes;
   const bool own = dim < plan.head_size;
-
-  int first = unit.begin + self.warp * R::kSpan;
-  uint4 k[R::kLoads], v[R::kLoads];
-  LoadRound<R>(self, unit, layer, 0, first, k);
-  LoadRound<R>(self, unit, layer, 1, first, v);
-  self.StampNow(kAttention, layer, Stamp::kWeights);
 
   // The lanes that hold the newest position take its keys and values along with the query.
   const int newest = unit.end - 1 - sub - unit.begin;  // from the lane's first position
@@ -157,10 +175,18 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
   const uint4* const query = plan.exchange + plan.products[kQkv].target +
                              (unit.row * 3 * plan.hidden + unit.head * plan.head_size + dim) / 4;
   const auto at = [&](int i) { return query + i / 2 * (plan.hidden / 4) + i % 2; };
-  const uint32_t wanted = holds ? 63u : own ? 3u : 0u;
-  AskForPieces(pieces, wanted, at);
-  WaitForPieces(pieces, wanted, at, epoch);
-  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 6; ++i) pieces[i] = AskForPiece(at(i), epoch, own && (i < 2 || holds));
+
+  int first = unit.begin + self.warp * R::kSpan;
+  const int64_t in_page = ToLayer(plan.cache, layer);
+  const char* const keys = first_key == nullptr ? nullptr : first_key + in_page;
+  uint4 k[kLoads], v[kLoads];
+  LoadRound<R>(self, unit, first, keys, k);
+  LoadRound<R>(self, unit, first, keys == nullptr ? nullptr : keys + ToValues(plan.cache), v);
+  self.StampNow(kAttention, layer, Stamp::kWeights);
+
+  WaitForPieces(pieces, at, epoch);
   self.StampNow(kAttention, layer, Stamp::kInputs);
   float q[8];
   UnpackPiece(pieces[0], q);
@@ -169,7 +195,6 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
   if (holds) {
     new_k = CacheEight<T>(pieces[2], pieces[3]);
     new_v = CacheEight<T>(pieces[4], pieces[5]);
-    StoreNewest(self, unit, layer, dim, new_k, new_v);
   }
 
   float max = -Infinity(), sum = 0.0f;
@@ -177,17 +202,17 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
 #pragma unroll 1
   for (;;) {
     const int next = first + R::kRoundSpan;
-    float scores[R::kLoads];
+    float scores[kLoads];
     float greatest = max;
 #pragma unroll
-    for (int i = 0; i < R::kLoads; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       if (holds && first + sub + i * R::kStep == unit.end - 1) {
         k[i] = new_k;
         v[i] = new_v;
       }
     }
 #pragma unroll
-    for (int i = 0; i < R::kLoads; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       float key[8];
       Vector<T>::Unpack(k[i], key);
       float a = 0.0f, b = 0.0f;
@@ -198,16 +223,21 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
       }
       scores[i] = a + b;
     }
-    if (next < unit.end) LoadRound<R>(self, unit, layer, 0, next, k);
+    const bool more = next < unit.end;
+    const char* next_keys = nullptr;
+    if (more && next < unit.end - (unit.newest ? 1 : 0)) {
+      next_keys = KeyAt(self, unit, next, kLanes) + in_page;
+    }
+    if (more) LoadRound<R>(self, unit, next, next_keys, k);
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int i = 0; i < R::kLoads; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         scores[i] += __shfl_xor_sync(0xffffffffu, scores[i], offset);
       }
     }
 #pragma unroll
-    for (int i = 0; i < R::kLoads; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       if (first + i * R::kStep + sub >= unit.end) scores[i] = -Infinity();
       greatest = fmaxf(greatest, scores[i]);
     }
@@ -222,7 +252,7 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
 #pragma unroll
     for (int e = 0; e < 8; ++e) result[e] *= keep;
 #pragma unroll
-    for (int i = 0; i < R::kLoads; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const float p = Exp2(scores[i] - base);
       sum += p;
       float value[8];
@@ -231,9 +261,10 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
       for (int e = 0; e < 8; ++e) result[e] = fmaf(p, value[e], result[e]);
     }
     max = greatest;
-    if (next >= unit.end) break;
+    if (!more) break;
     first = next;
-    LoadRound<R>(self, unit, layer, 1, first, v);
+    LoadRound<R>(self, unit, first,
+                 next_keys == nullptr ? nullptr : next_keys + ToValues(plan.cache), v);
   }
 #pragma unroll
   for (int offset = 16; offset >= kLanes; offset /= 2) {
@@ -241,58 +272,107 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit, i
 #pragma unroll
     for (int e = 0; e < 8; ++e) result[e] += __shfl_xor_sync(0xffffffffu, result[e], offset);
   }
-  const int buffer = self.buffer;
+  self.WaitForBuffer();
   if (sub == 0) {
-    float4* const to = reinterpret_cast<float4*>(self.shared.attended[buffer][self.warp] + dim);
+    float4* const to =
+        reinterpret_cast<float4*>(self.shared.attended[self.buffer][self.warp] + dim);
     to[0] = make_float4(result[0], result[1], result[2], result[3]);
     to[1] = make_float4(result[4], result[5], result[6], result[7]);
   }
   if (self.lane == 0) {
-    self.shared.attention_max[buffer][self.warp] = max;
-    self.shared.attention_sum[buffer][self.warp] = sum;
+    self.shared.attention_stats[self.buffer][self.warp] = make_float2(max, sum);
   }
-  self.Sync();
-  self.StampNow(kAttention, layer, Stamp::kSums);
-  self.buffer ^= 1;
-  if (self.warp * 32 >= plan.head_size) return;
+  self.PassBuffer();
+  // Nobody reads them before the next step.
+  if (holds) StoreNewest(self, unit, layer, dim, new_k, new_v);
+}
 
-  // Thread d puts number d of the head together.
-  const int d = self.thread;
-  float all_max = -Infinity(), all_sum = 0.0f, x = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    all_max = fmaxf(all_max, self.shared.attention_max[buffer][w]);
-  }
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const float weight = Exp2(self.shared.attention_max[buffer][w] - all_max);
-    all_sum = fmaf(weight, self.shared.attention_sum[buffer][w], all_sum);
-    x = fmaf(weight, self.shared.attended[buffer][w][min(d, kMaxHeadSize - 1)], x);
-  }
+// Puts together what the warps have of a unit.
+template <typename W, int kRows>
+__device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit, int layer) {
+  const Plan& plan = self.plan;
+  const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
   const bool alone = self.shared.rows[unit.row].splits == 1;
-  if (alone) x = __fdiv_rn(x, all_sum);
   const int split = unit.split * kPersistentRows;
-  PublishLanes(plan.exchange + plan.products[kOut].source +
-                   ((split + unit.row) * plan.hidden + unit.head * plan.head_size + d) / 4,
-               x, epoch, d < plan.head_size && d % 4 == 0);
-  if (!alone && d == 0) {
+  uint4* const to = plan.exchange + plan.products[kOut].source +
+                    ((split + unit.row) * plan.hidden + unit.head * plan.head_size) / 4;
+  self.PassBuffer();
+  self.StampNow(kAttention, layer, Stamp::kSums);
+  float weights[kWarps];
+  float max = -Infinity(), sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float2 stats = self.shared.attention_stats[self.buffer][w];
+    weights[w] = stats.x;
+    max = fmaxf(max, stats.x);
+  }
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    weights[w] = Exp2(weights[w] - max);
+    sum = fmaf(weights[w], self.shared.attention_stats[self.buffer][w].y, sum);
+  }
+  const float each = alone ? __fdividef(1.0f, sum) : 1.0f;
+  constexpr int kDims = kMaxHeadSize / Threads<kRows>::kFinishers;  // of a thread, at most
+  float x[kDims];
+#pragma unroll
+  for (int i = 0; i < kDims; ++i) {
+    const int d = self.thread + i * Threads<kRows>::kFinishers;
+    x[i] = 0.0f;
+    if (d - self.lane >= plan.head_size) continue;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      x[i] = fmaf(weights[w], self.shared.attended[self.buffer][w][d], x[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kDims; ++i) {
+    const int d = self.thread + i * Threads<kRows>::kFinishers;
+    if (d - self.lane >= plan.head_size) continue;
+    const bool shall = d < plan.head_size && d % 4 == 0;
+    if (alone) {
+      PublishStaged<W>(to + d / 4, x[i] * each, epoch, shall);
+    } else {
+      Publish(to + d / 4, x[i], epoch, shall);
+    }
+  }
+  if (!alone && self.thread == 0) {
     StoreWhole(plan.exchange + plan.split_stats + (split + unit.row) * plan.heads + unit.head,
-               make_uint4(__float_as_uint(all_max), __float_as_uint(all_sum), 0, epoch));
+               make_uint4(__float_as_uint(max), __float_as_uint(sum), 0, epoch));
+  }
+  self.ReturnBuffer();
+  self.StampNow(kAttention, layer, Stamp::kEnd);
+}
+
+// `first_key` is that of the block's first unit.
+template <typename W, int kRows>
+__device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, const char* first_key,
+                                                int layer) {
+  using T = typename W::Element;
+  self.Forget();
+  Unit unit;
+  int index = FirstUnit();
+  bool there = FindUnit(self, index, &unit);
+#pragma unroll 1
+  while (there) {
+    self.StampNow(kAttention, layer, Stamp::kBegin);
+    if (self.plan.head_size <= 64) {
+      RunUnit<T, 8>(self, unit, first_key, layer);
+    } else {
+      RunUnit<T, 16>(self, unit, first_key, layer);
+    }
+    index += static_cast<int>(gridDim.x);
+    there = FindUnit(self, index, &unit);
+    if (there) first_key = FirstKey(self, unit);
   }
 }
 
-template <typename T, int kRows>
-__device__ __forceinline__ void RunAttention(Thread<kRows>& self, int layer) {
+template <typename W, int kRows>
+__device__ __forceinline__ void FinishAttention(Thread<kRows>& self, int layer) {
   Unit unit;
 #pragma unroll 1
-  for (int index = FirstUnit(); FindUnit(self, index, &unit); index += gridDim.x) {
-    self.StampNow(kAttention, layer, Stamp::kBegin);
-    if (self.plan.head_size <= 64) {
-      RunUnit<T, 8>(self, unit, layer);
-    } else {
-      RunUnit<T, 16>(self, unit, layer);
-    }
-    self.StampNow(kAttention, layer, Stamp::kEnd);
+  for (int index = FirstUnit(); FindUnit(self, index, &unit);
+       index += static_cast<int>(gridDim.x)) {
+    FinishUnit<W>(self, unit, layer);
   }
 }
 

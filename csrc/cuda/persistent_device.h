@@ -14,43 +14,100 @@
 // the units of attention between them read all of q, k and v. So X of layer l+1 is written after all
 // who read X of layer l have done so. A block without outputs in a phase reads nothing in it. Between
 // steps lies the end of the kernel.
+//
+// What costs time is the way from inputs to outputs, so a block has three kinds of warps. One streams
+// weights. The workers take them into registers, wait for inputs, multiply, and go on to the next
+// phase at once. The finishers add up what the workers have, finish the outputs and publish them while
+// the workers prepare for the next inputs.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
+#include "cuda/launch.h"
 #include "cuda/persistent.h"
 
 namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-constexpr int kWarps = 8;  // that compute; one more feeds them weights
-constexpr int kConsumers = 32 * kWarps;
-constexpr int kThreads = kConsumers + 32;
-constexpr int kTile = 8;       // outputs of a tile
-constexpr int kUnit = 32;      // columns that a warp multiplies at a time
-constexpr int kWarpUnits = 4;  // units of a warp in a block of weights
-constexpr int kBlockColumns = kWarps * kWarpUnits * kUnit;  // of a block of weights at most
-constexpr int kRound = 4;  // blocks of weights that a warp holds in registers
-constexpr int kMaxStages = 16;
-constexpr int kMaxSlots = 5;   // blocks of columns whose activations, or norm's sums, are kept
-constexpr int kMaxSplits = 8;  // parts of a sequence in attention
+constexpr int kWarps = 8;  // workers
+constexpr int kWorkers = 32 * kWarps;
+constexpr int kTile = 8;                // outputs of a tile
+constexpr int kSpan = 128;              // columns of a warp in a chunk
+constexpr int kChunk = kWarps * kSpan;  // columns of a chunk
+constexpr int kRound = 4;               // tiles of a group, at most
+constexpr int kMaxStages = 40;
+constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
 constexpr int kMaxHeadSize = 128;
+
+// Threads by rows of a step. Three warps to a quarter of the multiprocessor, at most: registers.
+template <int kRows>
+struct Threads {
+  static constexpr int kFinishers = kRows == 1 ? 32 : 64;
+  static constexpr int kOutputs = kTile * kRound * kRows / kFinishers;  // of a group, by finisher
+  static constexpr int kCount = kWorkers + kFinishers + 32;
+};
 
 enum Phase : int32_t { kQkv, kAttention, kOut, kIn, kDown, kHead, kPhases };
 
-// A product: its outputs are cut into tiles, tile i is block i % blocks's; its columns into `chunks` of
-// `chunk_columns`, of which a warp takes `warp_units` units.
+// Types of weights in the ring. kLoads: 16 bytes of an output that a lane reads of a stage; kScales:
+// scales that go with them. Scales follow the weights of an output in a stage.
+struct Half {
+  using Element = __half;
+  static constexpr int kBits = 16, kLoads = 4, kScales = 0;
+  static constexpr float kUnit = 16.0f;
+};
+struct Brain {
+  using Element = BFloat16;
+  static constexpr int kBits = 16, kLoads = 4, kScales = 0;
+  static constexpr float kUnit = 1.0f;
+};
+struct Int8 {
+  using Element = __half;
+  static constexpr int kBits = 8, kLoads = 2, kScales = 2;
+  static constexpr float kUnit = 16.0f;
+};
+struct Int4 {
+  using Element = __half;
+  static constexpr int kBits = 4, kLoads = 1, kScales = 1;
+  static constexpr float kUnit = 16.0f;
+};
+
+// A stage: kTile rows of weights. Neighbouring rows start 64 bytes apart among the banks, and that is
+// the place of the scales.
+template <typename W>
+struct Stage {
+  static constexpr int kWeightBytes = kChunk * W::kBits / 8;
+  static constexpr int kRowBytes = kWeightBytes + 64;
+  static constexpr int kBytes = kTile * kRowBytes;
+};
+
+// What a lane holds of a stage.
+template <typename W>
+struct Held {
+  uint4 weights[W::kLoads];
+  uint32_t scales[W::kScales > 0 ? W::kScales : 1];
+};
+
+// Stages that a worker holds in registers.
+__host__ __device__ constexpr int StagesAtOnce(int rows) { return rows == 4 ? 2 : 4; }
+
+// A product: its outputs are cut into tiles, dealt to the blocks in turn from block `first` on; its
+// columns into chunks. A tile's part of a chunk is a stage of the ring of weights.
 struct Product {
   const char* weights;
+  const char* scales;
   const float* bias;
   const float* norm_weight;
   const float* sums;
+  int64_t row_bytes, scale_bytes;  // of an output
   int32_t in, out;
-  int32_t tiles, tiles_each, tiles_left;  // of all; of a block; blocks that have one more
-  int32_t chunks, chunk_columns, warp_units;
+  int32_t tiles_each, tiles_left;  // of a block; blocks that have one more
+  int32_t first;
+  int32_t chunks;
+  int32_t round;           // stages that workers take at once
   int32_t source, target;  // pieces of the exchange where input and output begin
 };
 
@@ -59,14 +116,14 @@ struct Plan {
   int64_t layer_bytes;
   int32_t layers, hidden, heads, head_size, rows;
   int32_t split_stats;  // pieces where the maxima and sums of attention's splits begin
-  int32_t max_splits;
   float eps;
   float query_scale;
   uint4* exchange;
-  uint32_t epoch;
-  int32_t stages, stage_bytes, row_stride;  // of the ring of weights
-  int32_t slots;
-  const void* embedding;
+  uint32_t* state;  // epochs so far; blocks that are done
+  int32_t stages;   // of the ring of weights
+  int32_t lines;    // of activations, that a warp has for each row
+  int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero
+  Matrix embedding;
   const float* positions;
   int64_t position_stride;
   CacheLayout cache;
@@ -84,25 +141,47 @@ struct RowState {
   int32_t splits, span;  // parts that its positions are cut into, and positions of a part
 };
 
-// Shared memory besides activations and the ring, which follow.
+// Partial sums of an output: with up to two rows a warp has two, of half of its columns each.
 template <int kRows>
-struct alignas(128) Shared {
-  float partial[2][kRound * kRows * kTile][kWarps];  // sums of the warps
-  // Of the norm: columns, mean, sum of squares.
-  float4 stats[2][kMaxSlots][kRows][kWarps];
-  float scales[kWarps][kMaxSlots][kRows];  // that take activations back to what they were
-  float attended[2][kWarps][kMaxHeadSize];
-  float attention_max[2][kWarps];
-  float attention_sum[2][kWarps];
-  uint64_t full[kMaxStages];
-  uint64_t empty[kMaxStages];
-  RowState rows[kRows];
-  Plan plan;
+struct Partial {
+  static constexpr int kCount = kRows <= 2 ? 2 * kWarps : kWarps;
+  static constexpr int kStride = kCount + 4;  // floats; neighbours start in different banks
 };
 
-inline int32_t ActivationBytes(int32_t rows, int32_t slots) {
-  return slots * 2 * rows * kWarps * kWarpUnits * kUnit * 2;
-}
+// What workers have to know of a product.
+struct alignas(16) Work {
+  int32_t tiles, chunks, in, row_pieces;
+  const uint4* source;
+  const float* gamma;  // of the first layer
+};
+
+// Shared memory besides activations and the ring, which follow. There are two buffers of what workers
+// leave for finishers.
+template <int kRows>
+struct alignas(128) Shared {
+  float partial[2][kRound * kRows * kTile][Partial<kRows>::kStride];
+  float4 norm[2][kRows][kWarps / 2];  // sum and sum of squares of two warps
+  float shift[2][4];                  // what the norm's sums are distances from, by row
+  float attended[2][kWarps][kMaxHeadSize];
+  float2 attention_stats[2][kWarps];  // maximum and sum
+  Work work[kPhases];
+  // Batches of stages: how many workers take at once.
+  uint64_t full[kMaxStages];
+  uint64_t empty[kMaxStages];
+  uint64_t finished[2];  // the buffer may be written again
+  uint8_t batch_of[kMaxStages];
+  RowState rows[kRows];
+  uint32_t epoch;
+};
+
+// Activations of a warp: lines of kSpan numbers of 16 bits. Of a chunk: a line for each row, or two,
+// where numbers are the sum of two, as normed ones are.
+constexpr int kLine = kSpan * 2;  // bytes
+template <int kRows>
+struct Activations {
+  static constexpr int kBytes = kRows * kLine;         // a line for each row
+  static constexpr int kWarpsBytes = kWarps * kBytes;  // of all warps
+};
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -126,56 +205,85 @@ __device__ __forceinline__ void UnpackPiece(const uint4& piece, float* x) {
   x[3] = __uint_as_float(piece.z & 0xffffff00u);
 }
 
-// Four neighbouring lanes hold four numbers; the one that shall, the first of them, writes.
-__device__ __forceinline__ void PublishLanes(uint4* to, float x, uint32_t epoch, bool shall) {
+// Four neighbouring lanes hold four numbers; the first of them writes the piece, if it shall.
+__device__ __forceinline__ void Publish(uint4* to, float x, uint32_t epoch, bool shall) {
   const float b = __shfl_down_sync(0xffffffffu, x, 1);
   const float c = __shfl_down_sync(0xffffffffu, x, 2);
   const float d = __shfl_down_sync(0xffffffffu, x, 3);
   if (shall) StoreWhole(to, PackPiece(x, b, c, d, epoch));
 }
 
-// Pieces that a thread wants, all on their way at once: bit i of `wanted` for piece i, which is at(i).
-template <int kCount, typename At>
-__device__ __forceinline__ void AskForPieces(uint4 (&pieces)[kCount], uint32_t wanted,
-                                             const At& at) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    pieces[i] = make_uint4(0, 0, 0, 0);
-    if ((wanted >> i & 1u) != 0) pieces[i] = LoadWhole(at(i));
-  }
+// The same, as the numbers of 16 bits that are multiplied: what the next product takes as it is.
+template <typename W>
+__device__ __forceinline__ void PublishStaged(uint4* to, float x, uint32_t epoch, bool shall) {
+  x *= 1.0f / W::kUnit;
+  const uint32_t pair =
+      RoundPairFinite<typename W::Element>(x, __shfl_down_sync(0xffffffffu, x, 1));
+  const uint32_t next = __shfl_down_sync(0xffffffffu, pair, 2);
+  if (shall) StoreWhole(to, make_uint4(pair, next, 0, epoch));
 }
 
-// Asks again until all are of the epoch.
+// The last two numbers of such a piece. The zeros are looked at because what nobody looks at would not
+// be loaded, and the 16 bytes have to be read as one.
+__device__ __forceinline__ uint32_t SecondPair(const uint4& piece) { return piece.y | piece.z; }
+
+// A piece of PublishStaged as one of Publish, back at its scale.
+template <typename W>
+__device__ __forceinline__ uint4 UnstagePiece(const uint4& piece) {
+  float x[4];
+  Vector<typename W::Element>::UnpackPair(piece.x, x);
+  Vector<typename W::Element>::UnpackPair(SecondPair(piece), x + 2);
+  return PackPiece(x[0] * W::kUnit, x[1] * W::kUnit, x[2] * W::kUnit, x[3] * W::kUnit, piece.w);
+}
+
+// A piece on its way, or zeros that have arrived where none is wanted.
+__device__ __forceinline__ uint4 AskForPiece(const uint4* from, uint32_t epoch, bool wanted) {
+  uint4 piece = make_uint4(0, 0, 0, epoch);
+  if (wanted) piece = LoadWhole(from);
+  return piece;
+}
+
+// Asks again until all that the warp wants are of the epoch; piece i is at(i). The whole warp goes on at
+// once: lanes that went on by themselves would take the slow way through every exchange of lanes after.
 template <int kCount, typename At>
-__device__ __forceinline__ void WaitForPieces(uint4 (&pieces)[kCount], uint32_t wanted,
-                                              const At& at, uint32_t epoch) {
+__device__ __forceinline__ void WaitForPieces(uint4 (&pieces)[kCount], const At& at,
+                                              uint32_t epoch) {
   for (;;) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) all = all && pieces[i].w == epoch;
+    if (__all_sync(0xffffffffu, all)) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (pieces[i].w == epoch) wanted &= ~(1u << i);
-    }
-    if (wanted == 0) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if ((wanted >> i & 1u) != 0) pieces[i] = LoadWhole(at(i));
+      if (pieces[i].w != epoch) pieces[i] = LoadWhole(at(i));
     }
   }
 }
 
-// Hides from the compiler what a number is, so that it does not keep what follows from it in registers
-// from one phase to the next.
-__device__ __forceinline__ int Opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
+// Numbers of the block's barriers.
+enum Barrier : int32_t { kAll, kReaders, kStarted, kFirstBuffer };
+
+// ---- a worker's or finisher's thread ---------------------------------------------------------------
+
+template <typename T>
+__device__ __forceinline__ const T* Behind(const T* first, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
 }
 
-// Tiles of this block.
+// The block as the product deals its tiles, and how many it has.
+__device__ __forceinline__ int RankOf(const Product& product) {
+  const int rank = static_cast<int>(blockIdx.x) - product.first;
+  return rank < 0 ? rank + static_cast<int>(gridDim.x) : rank;
+}
 __device__ __forceinline__ int TilesOf(const Product& product) {
-  return product.tiles_each + (static_cast<int>(blockIdx.x) < product.tiles_left ? 1 : 0);
+  return product.tiles_each + (RankOf(product) < product.tiles_left ? 1 : 0);
+}
+// The first output of the block's tile `tile`.
+__device__ __forceinline__ int OutputOf(const Product& product, int tile) {
+  return (tile * static_cast<int>(gridDim.x) + RankOf(product)) * kTile;
 }
 
-// ---- a consumer's thread --------------------------------------------------------------------------
-
+// A worker counts from 0, and so does a finisher.
 template <int kRows>
 struct Thread {
   const Plan& plan;
@@ -184,10 +292,13 @@ struct Thread {
   const char* ring;
   int thread, warp, lane;
   uint32_t active;  // bit r: row r has a token
-  int stage = 0;    // of the ring, that comes next
-  uint32_t parity = 0;
-  int buffer = 0;  // of the two of what a barrier separates
-  float residual = 0.0f;
+  uint32_t epoch;   // of the inputs of the first layer
+  bool worker;
+  int buffer = 0;              // that comes next
+  uint32_t buffer_parity = 0;  // of `finished`, once both have been used
+  // Of the ring: the stage and the batch that come next.
+  int stage = 0, batch = 0;
+  uint32_t batch_parity = 0;
 
   __device__ __forceinline__ bool Active(int row) const { return (active >> row & 1u) != 0; }
 
@@ -199,17 +310,38 @@ struct Thread {
         Clock();
   }
 
-  // Forgets what follows from who the thread is.
+  // Hides from the compiler who the thread is, so that it does not keep what follows from it in
+  // registers from one phase to the next.
   __device__ __forceinline__ void Forget() {
-    thread = Opaque(thread);
-    __builtin_assume(thread >= 0 && thread < kConsumers);
-    lane = thread % 32;
-    warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    __builtin_assume(warp >= 0 && warp < kWarps);
+    asm volatile("" : "+r"(thread), "+r"(lane), "+r"(warp));
   }
 
-  // A barrier of all that compute; what is written in `buffer` before it may be read after it.
-  __device__ __forceinline__ void Sync() { SyncFirst<kConsumers>(); }
+  // Workers: before they write to the buffer.
+  __device__ __forceinline__ void WaitForBuffer() const {
+    BarrierWait(shared.finished + buffer, buffer_parity ^ 1u);
+  }
+  // Workers: after that. Finishers: waits for the workers.
+  __device__ __forceinline__ void PassBuffer() {
+    constexpr int kAll = kWorkers + Threads<kRows>::kFinishers;
+    if (worker) {
+      ArriveAt<kAll>(kFirstBuffer + buffer);
+      NextBuffer();
+    } else {
+      WaitAt<kAll>(kFirstBuffer + buffer);
+    }
+  }
+  // Finishers: after they have read all of it.
+  __device__ __forceinline__ void ReturnBuffer() {
+    __syncwarp();
+    if (lane == 0) BarrierArrive(shared.finished + buffer);
+    NextBuffer();
+  }
+
+ private:
+  __device__ __forceinline__ void NextBuffer() {
+    buffer_parity ^= static_cast<uint32_t>(buffer);
+    buffer ^= 1;
+  }
 };
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT

@@ -1,11 +1,11 @@
 // The multiplication of the persistent kernel: activations staged as numbers of 16 bits, weights of the
 // ring, and what mma.m16n8k16 makes of them.
 //
-// Weights are the left operand: its 16 rows are two tiles of outputs; its 8 columns are the
-// activations of up to 4 rows, each as the sum of two numbers of 16 bits. A lane reads 16 bytes, 8
-// columns of one output, which are two operands of an order of columns that the activations have too.
-// Where a block has one tile only, the lower 8 rows take the tile's next columns instead (and the
-// upper 4 activation columns belong to them), unless more than two rows need all columns.
+// Weights are the left operand: 8 of its 16 rows are a tile of outputs; its 8 columns are activations,
+// each as the sum of two numbers of 16 bits. A warp's 128 columns are four fragments of 32: in each a
+// lane has 8 columns of one output, and the activations are staged in the order that this makes.
+// With up to two rows the lower 8 rows of the operand take the tile's last two fragments, and the
+// upper 4 activation columns belong to them; with more rows, the next tile.
 #pragma once
 
 #include "cuda/persistent_device.h"
@@ -16,61 +16,119 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Whether activations are scaled before they become numbers of the type.
-template <typename T>
-struct HasScale {
-  static constexpr bool value = false;
-};
-template <>
-struct HasScale<__half> {
-  static constexpr bool value = true;
-};
+// Where four columns of a warp's are staged in a line, in units of 8 bytes: [fragment][4 lanes][8
+// columns], by the order in which a lane's 16 bytes of weights are multiplied.
+template <typename W>
+__device__ __forceinline__ int StagedPlace(int lane) {
+  const int eight = lane / 2;
+  const int fragment = W::kBits == 16  ? eight / 4
+                       : W::kBits == 8 ? eight / 8 * 2 + eight % 2
+                                       : eight % 4;
+  const int member = W::kBits == 16 ? eight % 4 : W::kBits == 8 ? eight / 2 % 4 : eight / 4;
+  return (fragment * 4 + member) * 2 + lane % 2;
+}
 
-// Activations as they are staged for a warp: [slot][row, high and low][unit][8 bytes of 4 columns],
-// units of odd lines swapped in pairs, so that a quarter of a warp reads from all banks.
-template <typename T, int kRows>
-struct Staged {
-  static constexpr int kLine = kWarpUnits * kUnit * 2;  // bytes
-  static constexpr int kSlot = 2 * kRows * kLine;
-};
+// int4 weights are unpacked in pairs of columns (0, 4), (1, 5), (2, 6), (3, 7): a lane and its
+// neighbour, which have four of the eight columns each, swap halves.
+__device__ __forceinline__ void PairWithNeighbour(uint32_t (&pairs)[2], int lane) {
+  const bool odd = lane % 2 != 0;
+  const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
+  const uint32_t low = odd ? got : pairs[0];
+  const uint32_t high = odd ? pairs[1] : got;
+  pairs[0] = __byte_perm(low, high, 0x5410);
+  pairs[1] = __byte_perm(low, high, 0x7632);
+}
 
-// Splits four numbers into two of 16 bits each and stages them. Float16 is scaled, row by row and
-// warp by warp, by the power of two that brings the largest number near the end of its range.
-template <typename T, int kRows>
-__device__ __forceinline__ void StageFour(Thread<kRows>& self, int slot, int row, float (&x)[4]) {
-  if (HasScale<T>::value) {
-    const float largest = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-    const uint32_t exponent = max(WarpMaxBits(__float_as_uint(largest)) >> 23, 15u);
-    const float scale = __uint_as_float((268u - exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] *= scale;
-    if (self.lane == 0) {
-      self.shared.scales[self.warp][slot][row] = __uint_as_float((exponent - 14u) << 23);
-    }
-  }
+// Fragments of odd lines are swapped in pairs, so that a quarter of a warp reads from all banks.
+template <typename W, int kRows>
+__device__ __forceinline__ void StorePairs(Thread<kRows>& self, int line, int place,
+                                           const uint32_t (&pairs)[2]) {
+  uint32_t to[2] = {pairs[0], pairs[1]};
+  if (W::kBits == 4) PairWithNeighbour(to, self.lane);
+  *reinterpret_cast<uint2*>(self.activations + line * kLine + (place ^ line % 2 * 8) * 8) =
+      make_uint2(to[0], to[1]);
+}
+
+// Splits four numbers of a chunk's row into two of 16 bits each and stages them. Finite numbers stay
+// finite.
+template <typename W, int kRows>
+__device__ __forceinline__ void StageFour(Thread<kRows>& self, int chunk, int row, int place,
+                                          const float (&x)[4]) {
+  using T = typename W::Element;
   uint32_t high[2], low[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float back[2];
-    high[i] = RoundPair<T>(x[2 * i], x[2 * i + 1]);
+    high[i] = RoundPairFinite<T>(x[2 * i], x[2 * i + 1]);
     Vector<T>::UnpackPair(high[i], back);
-    low[i] = RoundPair<T>(x[2 * i] - back[0], x[2 * i + 1] - back[1]);
+    low[i] = RoundPairFinite<T>(x[2 * i] - back[0], x[2 * i + 1] - back[1]);
   }
-  char* const line =
-      self.activations + slot * Staged<T, kRows>::kSlot + 2 * row * Staged<T, kRows>::kLine;
-  *reinterpret_cast<uint2*>(line + self.lane * 8) = make_uint2(high[0], high[1]);
-  *reinterpret_cast<uint2*>(line + Staged<T, kRows>::kLine + (self.lane ^ 8) * 8) =
-      make_uint2(low[0], low[1]);
+  const int line = 2 * (chunk * kRows + row);
+  StorePairs<W>(self, line, place, high);
+  StorePairs<W>(self, line + 1, place, low);
 }
 
-// The 8 columns of `unit` that this lane multiplies, of line `line`.
-template <typename T, int kRows>
-__device__ __forceinline__ uint4 StagedEight(const Thread<kRows>& self, int slot, int line,
-                                             int unit) {
-  const char* const at = self.activations + slot * Staged<T, kRows>::kSlot +
-                         line * Staged<T, kRows>::kLine + (unit ^ (line & 1)) * (kUnit * 2) +
-                         self.lane % 4 * 16;
-  return line < 2 * kRows ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
+// Stages four numbers that are rounded already.
+template <typename W, int kRows>
+__device__ __forceinline__ void StageTwoPairs(Thread<kRows>& self, int chunk, int row, int place,
+                                              uint32_t first, uint32_t second) {
+  const uint32_t pairs[2] = {first, second};
+  StorePairs<W>(self, chunk * kRows + row, place, pairs);
+}
+
+// The 8 columns of a fragment that this lane multiplies, of a line.
+template <int kRows>
+__device__ __forceinline__ uint4 StagedEight(const Thread<kRows>& self, int line, int fragment) {
+  return *reinterpret_cast<const uint4*>(self.activations + line * kLine +
+                                         (fragment ^ (line & 1)) * 64 + self.lane % 4 * 16);
+}
+
+// The activations of a chunk as the matrix units take them: fragments of this lane's half, or all. A
+// row has two columns, the second of which is zero where numbers have one part.
+template <bool kTwoParts, int kRows>
+__device__ __forceinline__ void ReadStaged(const Thread<kRows>& self, int chunk, uint4 (&x)[4]) {
+  const int group = self.lane / 4;
+  // With one row, columns 2 and 3 of a half repeat the first two; nobody reads their sums.
+  const int column = kRows <= 2 ? group % (2 * kRows) : group;
+  const int first = kRows <= 2 ? group / 4 * 2 : 0;
+  const int line = kTwoParts ? 2 * kRows * chunk + column : kRows * chunk + column / 2;
+#pragma unroll
+  for (int i = 0; i < (kRows <= 2 ? 2 : 4); ++i) {
+    x[i] = make_uint4(0, 0, 0, 0);
+    if (kTwoParts || column % 2 == 0) x[i] = StagedEight(self, line, first + i);
+  }
+}
+
+__device__ __forceinline__ uint32_t ScaledPair(uint32_t pair, uint32_t minus, uint32_t scale) {
+  const auto halves = [](uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); };
+  const __half2 product = __hmul2(__hsub2(halves(pair), halves(minus)), halves(scale));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+
+// Fragment i of what a lane holds, in numbers of 16 bits: float16 ones are built by their bits, as
+// 1024 + q.
+__device__ __forceinline__ uint4 Fragment(const Held<Half>& held, int i) { return held.weights[i]; }
+__device__ __forceinline__ uint4 Fragment(const Held<Brain>& held, int i) {
+  return held.weights[i];
+}
+__device__ __forceinline__ uint4 Fragment(const Held<Int8>& held, int i) {
+  const uint4& w = held.weights[i / 2];
+  const uint32_t low = (i % 2 == 0 ? w.x : w.z) ^ 0x80808080u;
+  const uint32_t high = (i % 2 == 0 ? w.y : w.w) ^ 0x80808080u;
+  const uint32_t scale = held.scales[i / 2];
+  return make_uint4(ScaledPair(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u, scale),
+                    ScaledPair(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u, scale),
+                    ScaledPair(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u, scale),
+                    ScaledPair(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u, scale));
+}
+__device__ __forceinline__ uint4 Fragment(const Held<Int4>& held, int i) {
+  const uint4& w = held.weights[0];
+  const uint32_t bits = i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
+  const uint32_t scale = held.scales[0];
+  const auto pair = [&](int shift) {
+    return ScaledPair((bits >> shift & 0x000f000fu) | 0x64006400u, 0x64086408u, scale);
+  };
+  return make_uint4(pair(0), pair(4), pair(8), pair(12));
 }
 
 template <typename T>
@@ -82,84 +140,73 @@ __device__ __forceinline__ void MultiplyEight(float (&sums)[4], const uint4& upp
   Mma<T>(sums, second, x.z, x.w);
 }
 
-// What takes a slot's sums back to the activations' scale, for this lane's row.
-template <typename T, int kRows>
-__device__ __forceinline__ float ScaleBack(const Thread<kRows>& self, int slot) {
-  return HasScale<T>::value ? self.shared.scales[self.warp][slot][self.lane % 4 % kRows] : 1.0f;
-}
-
-// Adds the products of two tiles of a block of columns, row `lane % 4` of the step, output lane / 4.
-template <typename T, int kRows>
-__device__ __forceinline__ void MultiplyPair(float scale, const uint4 (&x)[kWarpUnits],
-                                             const uint4 (&upper)[kWarpUnits],
-                                             const uint4 (&lower)[kWarpUnits], float& first,
-                                             float& second) {
-  float sums[2][4] = {};
-#pragma unroll
-  for (int u = 0; u < kWarpUnits; ++u) MultiplyEight<T>(sums[u % 2], upper[u], lower[u], x[u]);
-  first = fmaf((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]), scale, first);
-  second = fmaf((sums[0][2] + sums[0][3]) + (sums[1][2] + sums[1][3]), scale, second);
-}
-
-// The same for one tile and several blocks of columns, slots 0 to kBlocks - 1, of which the first
-// `blocks` count. With one or two rows of the step lanes hold row lane % 2, and the sum over half the
-// columns: FinishSingle adds the other half.
-template <typename T, int kRows, int kBlocks>
-__device__ __forceinline__ void MultiplySingle(const Thread<kRows>& self, int blocks,
-                                               const uint4 (&w)[kRound][kWarpUnits], float& total) {
-  const int g = self.lane / 4;
-  float sums[kBlocks][4] = {};
+// Of one stage. Up to two rows: lanes hold output lane / 4 of row lane % 2, lane % 4 / 2 says which
+// half of the columns. More: of row lane % 4.
+template <typename W, int kRows>
+__device__ __forceinline__ float MultiplyOne(const Held<W>& held, const uint4 (&x)[4], int lane) {
+  using T = typename W::Element;
+  float a[4] = {}, b[4] = {};
   if (kRows <= 2) {
-#pragma unroll
-    for (int u = 0; u < kWarpUnits / 2; ++u) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        const uint4 x = StagedEight<T>(self, j, g % 4, u + g / 4 * 2);
-        MultiplyEight<T>(sums[j], w[j][u], w[j][u + 2], x);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int u = 0; u < kWarpUnits; ++u) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        const uint4 x = StagedEight<T>(self, j, g, u);
-        MultiplyEight<T>(sums[j], w[j][u], make_uint4(0, 0, 0, 0), x);
-      }
-    }
+    MultiplyEight<T>(a, Fragment(held, 0), Fragment(held, 2), x[0]);
+    MultiplyEight<T>(b, Fragment(held, 1), Fragment(held, 3), x[1]);
+    return lane % 4 < 2 ? (a[0] + a[1]) + (b[0] + b[1]) : (a[2] + a[3]) + (b[2] + b[3]);
   }
-  const bool upper = kRows > 2 || self.lane % 4 < 2;
+  const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    const float sum = upper ? sums[j][0] + sums[j][1] : sums[j][2] + sums[j][3];
-    const float more = fmaf(sum, ScaleBack<T>(self, j), total);
-    if (j < blocks) total = more;
+  for (int i = 0; i < 4; i += 2) {
+    MultiplyEight<T>(a, Fragment(held, i), none, x[i]);
+    MultiplyEight<T>(b, Fragment(held, i + 1), none, x[i + 1]);
   }
+  return (a[0] + a[1]) + (b[0] + b[1]);
 }
 
-template <int kRows>
-__device__ __forceinline__ float FinishSingle(float total) {
-  return kRows <= 2 ? total + __shfl_xor_sync(0xffffffffu, total, 2) : total;
+// Of two tiles' stages of the same columns.
+template <typename W>
+__device__ __forceinline__ float2 MultiplyTwo(const Held<W>& first, const Held<W>& second,
+                                              const uint4 (&x)[4]) {
+  using T = typename W::Element;
+  float a[4] = {}, b[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    MultiplyEight<T>(a, Fragment(first, i), Fragment(second, i), x[i]);
+    MultiplyEight<T>(b, Fragment(first, i + 1), Fragment(second, i + 1), x[i + 1]);
+  }
+  return make_float2((a[0] + a[1]) + (b[0] + b[1]), (a[2] + a[3]) + (b[2] + b[3]));
 }
 
-// The warp's part of the next block of weights of the ring: zeros behind `units`.
-template <int kRows>
-__device__ __forceinline__ void TakeWeights(Thread<kRows>& self, int warp_units, int units,
-                                            uint4 (&w)[kWarpUnits]) {
-  BarrierWait(self.shared.full + self.stage, self.parity);
-  const char* const at = self.ring + self.stage * self.plan.stage_bytes +
-                         self.lane / 4 * self.plan.row_stride +
-                         self.warp * warp_units * (kUnit * 2) + self.lane % 4 * 16;
+// The warp's part of the next batch of the ring, `count` stages.
+template <typename W, int kRows, int kHeld>
+__device__ __forceinline__ void TakeWeights(Thread<kRows>& self, int count,
+                                            Held<W> (&held)[kHeld]) {
+  BarrierWait(self.shared.full + self.batch, self.batch_parity);
+  const char* const ring = self.ring + self.lane / 4 * Stage<W>::kRowBytes;
+  int stage = self.stage;
+  // Stages behind the batch are read as well, whatever is there: it costs less than not to.
 #pragma unroll
-  for (int u = 0; u < kWarpUnits; ++u) {
-    w[u] = make_uint4(0, 0, 0, 0);
-    if (u < units) w[u] = *reinterpret_cast<const uint4*>(at + u * (kUnit * 2));
+  for (int j = 0; j < kHeld; ++j) {
+    if (j == count) self.stage = stage;
+    const char* const row = ring + stage * Stage<W>::kBytes;
+    const char* const at = row + self.warp * (kSpan * W::kBits / 8) + self.lane % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < W::kLoads; ++i) {
+      held[j].weights[i] = *reinterpret_cast<const uint4*>(at + i * 64);
+    }
+#pragma unroll
+    for (int i = 0; i < W::kScales; ++i) {
+      // A group of 32 columns each: two of a load's 64, or one of a lane's 32.
+      const int group = W::kBits == 8 ? i * 2 + self.lane % 4 / 2 : self.lane % 4;
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(
+          row + Stage<W>::kWeightBytes + (self.warp * (kSpan / kGroup) + group) * 2);
+      held[j].scales[i] = scale | scale << 16;
+    }
+    if (++stage == self.plan.stages) stage = 0;
   }
+  if (count == kHeld) self.stage = stage;
   __syncwarp();
-  if (self.lane == 0) BarrierArrive(self.shared.empty + self.stage);
-  if (++self.stage == self.plan.stages) {
-    self.stage = 0;
-    self.parity ^= 1u;
+  if (self.lane == 0) BarrierArrive(self.shared.empty + self.batch);
+  if (++self.batch == kMaxStages) {
+    self.batch = 0;
+    self.batch_parity ^= 1u;
   }
 }
 

@@ -119,9 +119,18 @@ class Steps:
             eps=1e-5,
             layer_bytes=layer_bytes,
             head=ops.PersistentProduct(
-                head.data_ptr(), vectors[VOCAB:].data_ptr(), ones.data_ptr(), vectors.data_ptr()
+                weights=head.data_ptr(),
+                bias=vectors[VOCAB:].data_ptr(),
+                norm_weight=ones.data_ptr(),
+                sums=vectors.data_ptr(),
             ),
-            embedding=head.data_ptr(),
+            embedding=ops.Matrix(
+                data=head.data_ptr(),
+                row_bytes=2 * hidden,
+                dtype=ops.FLOAT16,
+                in_=hidden,
+                out=VOCAB,
+            ),
             positions=positions.data_ptr(),
             position_stride=hidden,
             cache=cache,
@@ -130,7 +139,6 @@ class Steps:
             rows=rows,
             logits=self.logits.data_ptr(),
             ld=VOCAB + 15,
-            epoch=1,
             **{name: product(name) for name in sizes},
         )
         self.blocks = library.persistent_blocks(self.args)
@@ -153,7 +161,6 @@ class Steps:
     def step(self) -> None:
         """Launches one."""
         self.library.launch("persistent_step", self.args)
-        self.args.epoch += self.layers + 1
 
     def microseconds(self, steps: int = 20, rounds: int = 7) -> float:
         """Per step: the median of rounds."""

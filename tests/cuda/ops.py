@@ -201,7 +201,13 @@ class SampleArgs(ctypes.Structure):
 
 
 class PersistentProduct(ctypes.Structure):
-    _fields_ = [("weights", _ptr), ("bias", _ptr), ("norm_weight", _ptr), ("sums", _ptr)]
+    _fields_ = [
+        ("weights", _ptr),
+        ("scales", _ptr),
+        ("bias", _ptr),
+        ("norm_weight", _ptr),
+        ("sums", _ptr),
+    ]
 
 
 class PersistentArgs(ctypes.Structure):
@@ -219,7 +225,7 @@ class PersistentArgs(ctypes.Structure):
         ("feed_forward_out", PersistentProduct),
         ("layer_bytes", _i64),
         ("head", PersistentProduct),
-        ("embedding", _ptr),
+        ("embedding", Matrix),
         ("positions", _ptr),
         ("position_stride", _i64),
         ("cache", CacheLayout),
@@ -229,8 +235,8 @@ class PersistentArgs(ctypes.Structure):
         ("logits", _ptr),
         ("ld", _i64),
         ("exchange", _ptr),
-        ("epoch", _u32),
         ("stamps", _ptr),
+        ("overlap", ctypes.c_bool),
     ]
 
 

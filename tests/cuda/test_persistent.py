@@ -16,7 +16,8 @@ from fastgen.options import GenerationOptions
 from fastgen.testing.engine import EngineModel, EngineSequence
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
 
-BOUNDS = {"float16": 2e-6, "bfloat16": 4e-5}  # normalised mean squared error of logits
+# Normalised mean squared error of logits.
+BOUNDS = {"float16": 2e-6, "bfloat16": 4e-5, "int8": 1e-5, "int4": 1e-5}
 
 SHAPES = [
     GPTShape(97, 64, 32, 1, 4, 32),  # fewer tiles than multiprocessors
@@ -69,6 +70,8 @@ def logits_of(sequence: EngineSequence) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s.hidden_size}d{s.head_size}")
 def test_logits_are_those_of_the_kernels(shape: GPTShape, dtype: str) -> None:
     """1 to 4 ragged rows, short and as long as the model allows."""
+    if dtype.startswith("int") and (shape.hidden_size % 256 or shape.intermediate_size % 256):
+        pytest.skip("rows of scales are no multiple of 16 bytes: steps run as kernels")
     tensors = make_tensors(shape, WeightRecipe(1))
     most = shape.max_position_embeddings
     options = GenerationOptions(max_length=4, eos_token_id=-1)

@@ -1,0 +1,118 @@
+// The finishers' side of a product: sums of the workers to outputs, and those to the exchange.
+#pragma once
+
+#include "cuda/persistent_device.h"
+#include "cuda/persistent_norm.h"
+
+#if FASTGEN_ARCH_HAS_PERSISTENT
+
+namespace fastgen {
+namespace cuda {
+namespace persistent {
+
+// The tanh form of GELU, as x * sigmoid(2 u).
+__device__ __forceinline__ float Gelu(float x) {
+  const float u = 0.7978845608028654f * fmaf(0.044715f * x, x * x, x);
+  return __fdividef(x, 1.0f + Exp2(-2.0f * kLog2e * u));
+}
+
+// Output i of a thread, of a group of tiles: [tile][row][kTile].
+template <int kRows>
+struct Output {
+  int at, row, n;
+  bool own;
+
+  __device__ __forceinline__ Output(const Thread<kRows>& self, const Product& product, int group,
+                                    int tiles, int i) {
+    at = self.thread + i * Threads<kRows>::kFinishers;
+    const int tile = at / (kTile * kRows);
+    row = at / kTile % kRows;
+    n = OutputOf(product, group + tile) + at % kTile;
+    own = tile < tiles && n < product.out && self.Active(row);
+  }
+};
+
+// The sum of an output over the warps.
+template <int kRows>
+__device__ __forceinline__ float SumOfParts(const float* from) {
+  constexpr int kCount = Partial<kRows>::kCount / 4;
+  const float4* const parts = reinterpret_cast<const float4*>(from);
+  float sums[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float4 part = parts[i];
+    sums[i] = (part.x + part.y) + (part.z + part.w);
+  }
+  static_assert(kCount == 2 || kCount == 4, "two or four fours");
+  return kCount == 2 ? sums[0] + sums[1]
+                     : (sums[0] + sums[1]) + (sums[kCount - 2] + sums[kCount - 1]);
+}
+
+template <typename W, int kRows, bool kNormed>
+__device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, int layer,
+                                              float (&residual)[Threads<kRows>::kOutputs]) {
+  constexpr int kOutputs = Threads<kRows>::kOutputs;
+  const Plan& plan = self.plan;
+  const Product& product = plan.products[phase];
+  const int tiles = TilesOf(product);
+  const bool head = kNormed && phase == kHead;
+  const int64_t behind = head ? 0 : layer * plan.layer_bytes;
+  const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
+  NormResult norm = {0.0f, 1.0f};
+#pragma unroll 1
+  for (int group = 0; group < tiles; group += kRound) {
+    const int group_tiles = min(kRound, tiles - group);
+    float bias[kOutputs], column_sum[kOutputs];
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      const Output<kRows> output(self, product, group, group_tiles, i);
+      bias[i] = column_sum[i] = 0.0f;
+      if (!output.own) continue;
+      if (product.bias != nullptr) bias[i] = LoadNow(Behind(product.bias, behind) + output.n);
+      if (kNormed) column_sum[i] = LoadNow(Behind(product.sums, behind) + output.n);
+    }
+    self.PassBuffer();
+    if (group == 0) self.StampNow(phase, layer, Stamp::kSums);
+    float sums[kOutputs];
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      const int at = self.thread + i * Threads<kRows>::kFinishers;
+      sums[i] = SumOfParts<kRows>(self.shared.partial[self.buffer][at]);
+    }
+    // All outputs of a thread are of one row.
+    static_assert(Threads<kRows>::kFinishers % (kTile * kRows) == 0, "whole tiles");
+    if (kNormed && group == 0) {
+      norm =
+          CombineNorm(self.shared, self.buffer, self.thread / kTile % kRows, product.in, plan.eps);
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      const Output<kRows> output(self, product, group, group_tiles, i);
+      float y = sums[i];
+      if (kNormed) y = norm.scale * fmaf(-norm.mean, column_sum[i], y);
+      y += bias[i];
+      if (head) {
+        if (output.own) plan.logits[output.row * plan.ld + output.n] = y;
+        continue;
+      }
+      uint4* const to = plan.exchange + product.target + (output.row * product.out + output.n) / 4;
+      const bool shall = output.own && self.lane % 4 == 0;
+      if (!kNormed) {
+        residual[i] += y;
+        Publish(to, residual[i], epoch, shall);
+      } else if (phase == kQkv) {
+        Publish(to, y * (output.n < plan.hidden ? plan.query_scale : 1.0f), epoch, shall);
+      } else {
+        PublishStaged<W>(to, Gelu(y), epoch, shall);
+      }
+    }
+    self.ReturnBuffer();
+  }
+  if (tiles > 0) self.StampNow(phase, layer, Stamp::kEnd);
+}
+
+}  // namespace persistent
+}  // namespace cuda
+}  // namespace fastgen
+
+#endif  // FASTGEN_ARCH_HAS_PERSISTENT

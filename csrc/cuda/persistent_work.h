@@ -1,0 +1,318 @@
+// The workers' side of a product: weights from the ring, inputs from the exchange, sums for the
+// finishers.
+#pragma once
+
+#include "cuda/persistent_device.h"
+#include "cuda/persistent_multiply.h"
+#include "cuda/persistent_norm.h"
+
+#if FASTGEN_ARCH_HAS_PERSISTENT
+
+namespace fastgen {
+namespace cuda {
+namespace persistent {
+
+// Four columns of an attended row that has splits: puts together what they gave, in their order. All
+// pieces are on their way at once.
+template <typename W, int kRows>
+__device__ __forceinline__ void GatherSplits(const Thread<kRows>& self, int row, int column,
+                                             bool own, uint32_t epoch, float (&x)[4]) {
+  constexpr int kSplits = kMaxSplits / kRows;
+  const Plan& plan = self.plan;
+  const uint4* const values =
+      plan.exchange + plan.products[kOut].source + row * (plan.hidden / 4) + column / 4;
+  const uint4* const stats =
+      plan.exchange + plan.split_stats + row * plan.heads + column / plan.head_size;
+  const int splits = own && self.Active(row) ? self.shared.rows[row].splits : 0;
+  uint4 pieces[2 * kSplits];
+  const auto at = [&](int i) -> const uint4* {
+    const int place = i / 2 * kPersistentRows;
+    return i % 2 == 0 ? values + place * (plan.hidden / 4) : stats + place * plan.heads;
+  };
+#pragma unroll
+  for (int i = 0; i < 2 * kSplits; ++i) {
+    // A sequence that is not split has no stats.
+    pieces[i] = AskForPiece(at(i), epoch, i / 2 < splits && (i % 2 == 0 || splits > 1));
+  }
+  WaitForPieces(pieces, at, epoch);
+  if (splits == 1) {  // its maximum is zero already
+    pieces[1].y = __float_as_uint(1.0f);
+    pieces[0] = UnstagePiece<W>(pieces[0]);
+  }
+  float max = -Infinity(), sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    if (i < splits) max = fmaxf(max, __uint_as_float(pieces[2 * i + 1].x));
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    const uint4& stat = pieces[2 * i + 1];
+    const float weight = i < splits ? Exp2(__uint_as_float(stat.x) - max) : 0.0f;
+    // The third number is zero: it is read because the 16 bytes have to be read as one.
+    sum = fmaf(__uint_as_float(stat.y), weight, sum) + __uint_as_float(stat.z);
+    float more[4];
+    UnpackPiece(pieces[2 * i], more);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
+  }
+  const float each = splits > 0 ? __fdividef(1.0f, sum) : 0.0f;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] *= each;
+}
+
+// Chunks whose inputs are on their way at once.
+template <int kRows, bool kNormed, bool kOneChunk>
+__host__ __device__ constexpr int ChunksAtOnce() {
+  return kOneChunk ? 1 : kRows == 4 ? (kNormed ? 1 : 2) : kNormed ? 2 : 4;
+}
+
+// Reads a product's inputs and stages them for the warp. Normed ones come in pieces of four float32
+// numbers, others as they are staged.
+template <typename W, int kRows, bool kNormed, bool kOneChunk>
+class Inputs {
+  static constexpr int kBatch = ChunksAtOnce<kRows, kNormed, kOneChunk>();
+  static constexpr int kPieces = kBatch * kRows + (kNormed ? 1 : 0);
+  static constexpr float kScale = 1.0f / W::kUnit;
+
+ public:
+  __device__ __forceinline__ Inputs(const Thread<kRows>& self, const Work& work, int64_t behind,
+                                    uint32_t epoch)
+      : epoch_(epoch),
+        column_(self.warp * kSpan + self.lane * 4),
+        row_pieces_(work.row_pieces),
+        from_(work.source),
+        gamma_from_(kNormed ? Behind(work.gamma, behind) : nullptr) {}
+
+  // Asks for a batch of chunks, row by row; where there is a norm, then for a row's first piece by each
+  // lane.
+  __device__ __forceinline__ void Ask(const Thread<kRows>& self, const Work& work) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const bool its_first = kNormed && i == kPieces - 1;
+      const int column = its_first ? 0 : (first_ + i / kRows) * kChunk + column_;
+      const int row = its_first ? self.lane % kRows : i % kRows;
+      pieces_[i] = AskForPiece(At(self, i), epoch_, self.Active(row) && column < work.in);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!kNormed) continue;
+      const int column = (first_ + j) * kChunk + column_;
+      gamma_[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (column < work.in) {
+        gamma_[j] = LoadNow(reinterpret_cast<const float4*>(gamma_from_ + column));
+      }
+    }
+  }
+
+  // Waits for all of them, and leaves the norm's sums of what the warp has seen.
+  __device__ __forceinline__ void Stage(Thread<kRows>& self, const Work& work) {
+    const int place = StagedPlace<W>(self.lane);
+    NormSums<kRows> norm;
+    const auto at = [&](int i) { return At(self, i); };
+    __syncwarp();  // what is staged has been read by all lanes
+#pragma unroll 1
+    for (;;) {
+      WaitForPieces(pieces_, at, epoch_);
+      if (kNormed && (kOneChunk || first_ == 0)) {
+        float four[4];
+        UnpackPiece(pieces_[kPieces - 1], four);
+        // Any number near the row's others would do that all warps have.
+        norm.Begin(0.25f * ((four[0] + four[1]) + (four[2] + four[3])));
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (!kOneChunk && first_ + j >= work.chunks) continue;
+        const bool own = (first_ + j) * kChunk + column_ < work.in;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const uint4& piece = pieces_[j * kRows + r];
+          if (kNormed) {
+            float x[4];
+            UnpackPiece(piece, x);
+            norm.Add(r, x, own);
+            x[0] *= gamma_[j].x * kScale;
+            x[1] *= gamma_[j].y * kScale;
+            x[2] *= gamma_[j].z * kScale;
+            x[3] *= gamma_[j].w * kScale;
+            StageFour<W>(self, first_ + j, r, place, x);
+          } else {
+            StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
+          }
+        }
+      }
+      if (kOneChunk) break;
+      first_ += kBatch;
+      if (first_ >= work.chunks) break;
+      Ask(self, work);
+    }
+    __syncwarp();
+    if (kNormed) StoreNorm(self, norm);
+  }
+
+ private:
+  __device__ __forceinline__ const uint4* At(const Thread<kRows>& self, int i) const {
+    if (kNormed && i == kPieces - 1) return from_ + self.lane % kRows * row_pieces_;
+    return from_ + i % kRows * row_pieces_ + (column_ / 4 + (first_ + i / kRows) * (kChunk / 4));
+  }
+
+  const uint32_t epoch_;
+  const int column_;  // the lane's, of a chunk
+  const int row_pieces_;
+  const uint4* const from_;
+  const float* const gamma_from_;
+  int first_ = 0;  // chunk of the batch
+  uint4 pieces_[kPieces];
+  float4 gamma_[kBatch];
+};
+
+// The attended rows where some row has splits, staged.
+template <typename W, int kRows>
+__device__ __forceinline__ void StageSplits(Thread<kRows>& self, const Work& work, uint32_t epoch) {
+  const int place = StagedPlace<W>(self.lane);
+  __syncwarp();  // what is staged has been read by all lanes
+#pragma unroll 1
+  for (int i = 0; i < work.chunks * kRows; ++i) {
+    const int column = i / kRows * kChunk + self.warp * kSpan + self.lane * 4;
+    float x[4];
+    GatherSplits<W>(self, i % kRows, column, column < work.in, epoch, x);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= 1.0f / W::kUnit;
+    using T = typename W::Element;
+    StageTwoPairs<W>(self, i / kRows, i % kRows, place, RoundPairFinite<T>(x[0], x[1]),
+                     RoundPairFinite<T>(x[2], x[3]));
+  }
+  __syncwarp();
+}
+
+// A worker's way through the tiles of a product: which stage comes next, and where its sums go.
+template <typename W, int kRows, bool kNormed, bool kOneChunk>
+class Multiplication {
+  static constexpr int kNext = kRows * kTile * Partial<kRows>::kStride;  // floats from tile to tile
+
+ public:
+  static constexpr int kHeld = StagesAtOnce(kRows);
+
+  // A group of tiles begins.
+  __device__ __forceinline__ void Begin(const Thread<kRows>& self, const Work& work, int tiles) {
+    left_ = kOneChunk ? tiles : tiles * work.chunks;
+    chunk_ = 0;
+    total_ = 0.0f;
+    const int row = RowOf(self) % kRows;
+    const int part = kRows <= 2 ? self.warp * 2 + self.lane % 4 / 2 : self.warp;
+    to_ = self.shared.partial[self.buffer][row * kTile + self.lane / 4] + part;
+  }
+  __device__ __forceinline__ int Count() const { return min(kHeld, left_); }
+  __device__ __forceinline__ bool Done() const { return left_ <= 0; }
+
+  __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Work& work,
+                                           const Held<W> (&held)[kHeld]) {
+    const int lane = self.lane;
+    uint4 x[4];
+    if (kOneChunk) {
+      ReadStaged<kNormed>(self, 0, x);
+      // A warp without columns has zeros to give.
+      const bool own = self.warp * kSpan < work.in;
+#pragma unroll
+      for (int j = 0; j < kHeld; j += kRows <= 2 ? 1 : 2) {
+        if (j >= left_) continue;
+        if (kRows <= 2) {
+          Store(self, own ? MultiplyOne<W, kRows>(held[j], x, lane) : 0.0f);
+        } else {
+          const float2 sums = MultiplyTwo<W>(held[j], held[j + 1 < kHeld ? j + 1 : j], x);
+          Store(self, own ? sums.x : 0.0f);
+          if (j + 1 < left_) Store(self, own ? sums.y : 0.0f);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        if (j >= left_) continue;
+        if (chunk_ * kChunk + self.warp * kSpan < work.in) {
+          ReadStaged<kNormed>(self, chunk_, x);
+          total_ += MultiplyOne<W, kRows>(held[j], x, lane);
+        }
+        if (++chunk_ == work.chunks) {
+          Store(self, total_);
+          total_ = 0.0f;
+          chunk_ = 0;
+        }
+      }
+    }
+    left_ -= kHeld;
+  }
+
+ private:
+  static __device__ __forceinline__ int RowOf(const Thread<kRows>& self) {
+    return kRows <= 2 ? self.lane % 2 : self.lane % 4;
+  }
+  __device__ __forceinline__ void Store(const Thread<kRows>& self, float sum) {
+    if (RowOf(self) < kRows) *to_ = sum * W::kUnit;
+    to_ += kNext;
+  }
+
+  int left_;   // stages of the group
+  int chunk_;  // of the next one
+  float total_;
+  float* to_;
+};
+
+// QKV, the feed-forward block's input and the head where kNormed; else attention's output and that of
+// the feed-forward block. `epoch` is that of the inputs.
+template <typename W, int kRows, bool kNormed, bool kOneChunk>
+__device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, int layer,
+                                              uint32_t epoch) {
+  using Multiplying = Multiplication<W, kRows, kNormed, kOneChunk>;
+  self.Forget();
+  const Work& work = self.shared.work[phase];
+  if (work.tiles == 0) return;
+  self.StampNow(phase, layer, Stamp::kBegin);
+  Multiplying multiplication;
+  {
+    bool split = false;
+    if (!kNormed && phase == kOut) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) split = split || self.shared.rows[r].splits > 1;
+    }
+    Held<W> held[Multiplying::kHeld];
+    if (split) {
+      StageSplits<W>(self, work, epoch);
+      self.WaitForBuffer();
+      multiplication.Begin(self, work, min(kRound, work.tiles));
+      TakeWeights<W>(self, multiplication.Count(), held);
+    } else {
+      Inputs<W, kRows, kNormed, kOneChunk> inputs(
+          self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
+      inputs.Ask(self, work);
+      self.WaitForBuffer();
+      multiplication.Begin(self, work, min(kRound, work.tiles));
+      TakeWeights<W>(self, multiplication.Count(), held);
+      self.StampNow(phase, layer, Stamp::kWeights);
+      // From here on all others wait.
+      inputs.Stage(self, work);
+    }
+    self.StampNow(phase, layer, Stamp::kInputs);
+    self.Forget();
+    multiplication.Multiply(self, work, held);
+  }
+#pragma unroll 1
+  for (int group = 0;;) {
+    while (!multiplication.Done()) {
+      Held<W> held[Multiplying::kHeld];
+      TakeWeights<W>(self, multiplication.Count(), held);
+      multiplication.Multiply(self, work, held);
+    }
+    self.PassBuffer();
+    group += kRound;
+    if (group >= work.tiles) break;
+    self.WaitForBuffer();
+    multiplication.Begin(self, work, min(kRound, work.tiles - group));
+  }
+}
+
+}  // namespace persistent
+}  // namespace cuda
+}  // namespace fastgen
+
+#endif  // FASTGEN_ARCH_HAS_PERSISTENT
