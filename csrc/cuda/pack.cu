@@ -134,9 +134,22 @@ __global__ void PackKernel(Matrix to, int first, int count, PackSource from) {
   }
 }
 
+// The weight that products see: integers times their scale are rounded to float16.
 __device__ inline float Load(const Matrix& w, int output, int column) {
   const char* const row = static_cast<const char*>(w.data) + output * w.row_bytes;
-  if (w.dtype == DType::kFloat16) return __half2float(reinterpret_cast<const __half*>(row)[column]);
+  switch (w.dtype) {
+    case DType::kFloat32: return reinterpret_cast<const float*>(row)[column];
+    case DType::kFloat16: return __half2float(reinterpret_cast<const __half*>(row)[column]);
+    case DType::kBFloat16: break;
+    case DType::kInt8:
+    case DType::kInt4: {
+      const __half scale = static_cast<const __half*>(
+          w.scales)[static_cast<int64_t>(output) * w.scale_stride + column / kGroup];
+      const int q = w.dtype == DType::kInt8 ? reinterpret_cast<const signed char*>(row)[column]
+                                            : (row[column / 2] >> (column % 2 * 4) & 15) - 8;
+      return __half2float(__float2half_rn(static_cast<float>(q) * __half2float(scale)));
+    }
+  }
   return BFloat16ToFloat(reinterpret_cast<const unsigned short*>(row)[column]);
 }
 

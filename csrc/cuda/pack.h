@@ -33,8 +33,7 @@ cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const Pa
                         cudaStream_t stream);
 
 // For an input that is normed: sums[n] = sum_k W_nk w_k and bias[n] = w.bias[n] + sum_k W_nk b_k, with
-// the norm's weight w and bias b, so that the product with what is not normed yet is enough. float16
-// and bfloat16 only.
+// the norm's weight w and bias b, so that the product with what is not normed yet is enough.
 cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias,
                      cudaStream_t stream);
 

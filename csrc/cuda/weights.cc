@@ -86,7 +86,7 @@ Weights::Weights(const engine::PluginConfig& config, const engine::PluginOptions
   const int32_t wide = config.intermediate_size;
   layers_.resize(static_cast<size_t>(config.num_layers));
   int64_t step_begin = 0;
-  const bool folds = dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+  const bool folds = dtype != DType::kFloat32;
   const auto carve = [&](Carver& carver) {
     positions_ = carver.TakeFloats(static_cast<int64_t>(config.max_positions) * h);
     if (!config.head_is_tied) embedding_ = carver.TakeMatrix(dtype, h, config.vocab_size, false);

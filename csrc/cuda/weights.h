@@ -23,7 +23,7 @@ struct LayerWeights {
   // The biases of what prefill writes as `activation_dtype`; null where that is float32.
   const void* qkv_bias16 = nullptr;
   const void* feed_forward_in_bias16 = nullptr;
-  // See FoldNorm; null unless the weights are float16 or bfloat16.
+  // See FoldNorm; null where the weights are float32.
   FoldedNorm folded1, folded2;
 };
 
