@@ -147,13 +147,10 @@ __global__ void __launch_bounds__(Shape<kRowTiles>::kThreads, Shape<kRowTiles>::
           const char* raw = ring + (slot + t) % kDepth * W::kSlotBytes;
           uint32_t scale = 0;
           if (W::kScaled) {
-            // Half of the word, by the lowest bit of the scale's index in the whole array.
-            const uint32_t output = first_output + pass * at.pass_outputs + t * 8;
-            const uint32_t index =
-                output * task.args.w.scale_stride + Weights::GroupOf(step, at.member);
-            scale = reinterpret_cast<const uint16_t*>(raw + 512 + lane * 4)[index & 1];
+            scale = ScaleIn<W>(raw + 512 + lane * 4, task.args.w,
+                               first_output + pass * at.pass_outputs + t * 8, step, at.member);
           }
-          Unpack(W(), raw + lane * 16, j, scale, b);
+          Unpack(W(), *reinterpret_cast<const uint4*>(raw + lane * 16), j, scale, b);
         };
         const auto read_x = [&](int m, int j, uint32_t (&a)[2][4]) {
           uint4 lead = make_uint4(0, 0, 0, 0);
@@ -229,7 +226,7 @@ __global__ void __launch_bounds__(Shape<kRowTiles>::kThreads, Shape<kRowTiles>::
       const int32_t y_row = at.first_row + row;
       const float bias = first ? my_bias : ReadBias(task, output);
       const float residual = first ? my_residual : ReadResidual(task, y_row, output);
-      Finish(task, y_row, output, total, bias, residual, places + row);
+      Finish(task, y_row, output, CacheColumnOf(task, output), total, bias, residual, places + row);
     }
     // With one buffer, the next pass writes over the sums; at the end, other blocks still read them.
     const bool last = pass + 1 == plan.passes;

@@ -2,15 +2,17 @@
 #pragma once
 
 #include "cuda/linear.h"
+#include "cuda/linear_weights.h"
 #include "cuda/mma.h"
 
 namespace fastgen {
 namespace cuda {
 namespace linear_mma {
 
+using namespace linear_weights;
+
 constexpr int kSlices = 16;
-constexpr int kTiles = 4;       // of 8 outputs, per warp and pass
-constexpr int kStepBytes = 64;  // of an output's weights
+constexpr int kTiles = 4;  // of 8 outputs, per warp and pass
 constexpr int kMaxRowTiles = 8;
 constexpr int kMaxClusterBits = 3;
 
@@ -22,32 +24,6 @@ struct Shape {
   static constexpr int kDepth = 128 / kWarps;
   static constexpr int kBlocks = kRowTiles == 1 ? 2 : 1;  // per multiprocessor
   static constexpr bool kOneSlice = kWarps == kSlices;    // or less, for every warp
-};
-
-// Types of weights. kPieces: pieces of 8 columns in 16 bytes. kSlotBytes: of a step in a ring.
-struct Half {
-  using Element = __half;
-  static constexpr int kPieces = 1;
-  static constexpr bool kScaled = false;
-  static constexpr int kSlotBytes = 512;
-};
-struct Brain {
-  using Element = BFloat16;
-  static constexpr int kPieces = 1;
-  static constexpr bool kScaled = false;
-  static constexpr int kSlotBytes = 512;
-};
-struct Int8 {
-  using Element = __half;
-  static constexpr int kPieces = 2;
-  static constexpr bool kScaled = true;
-  static constexpr int kSlotBytes = 512 + 128;  // with a word of scales per lane
-};
-struct Int4 {
-  using Element = __half;
-  static constexpr int kPieces = 4;
-  static constexpr bool kScaled = true;
-  static constexpr int kSlotBytes = 512 + 128;  // with a word of scales per lane
 };
 
 struct MmaPlan {
@@ -77,49 +53,7 @@ __device__ inline int32_t SliceBegin(int32_t steps, int32_t slice) {
   return static_cast<int32_t>(static_cast<uint32_t>(steps) * slice / kSlices);
 }
 
-__device__ inline __half2 AsHalves(uint32_t bits) { return *reinterpret_cast<__half2*>(&bits); }
-
-// (pair - minus) * scale
-__device__ inline uint32_t HalfPair(uint32_t pair, uint32_t minus, __half2 scale) {
-  __half2 product = __hmul2(__hsub2(AsHalves(pair), AsHalves(minus)), scale);
-  return *reinterpret_cast<uint32_t*>(&product);
-}
-
-// The fragments of piece j of what a lane has at `raw`. float16 numbers are built by their bits, as
-// 1024 + q.
-__device__ inline void Unpack(Half, const char* raw, int, uint32_t, uint32_t (&b)[4]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(raw);
-  b[0] = bits.x, b[1] = bits.y, b[2] = bits.z, b[3] = bits.w;
-}
-__device__ inline void Unpack(Brain, const char* raw, int, uint32_t, uint32_t (&b)[4]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(raw);
-  b[0] = bits.x, b[1] = bits.y, b[2] = bits.z, b[3] = bits.w;
-}
-__device__ inline void Unpack(Int8, const char* raw, int j, uint32_t scale, uint32_t (&b)[4]) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(raw + j * 8);
-  const __half2 scales = AsHalves(scale | scale << 16);
-  const uint32_t low = bits.x ^ 0x80808080u;
-  const uint32_t high = bits.y ^ 0x80808080u;
-  b[0] = HalfPair(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u, scales);
-  b[1] = HalfPair(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u, scales);
-  b[2] = HalfPair(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u, scales);
-  b[3] = HalfPair(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u, scales);
-}
-// Columns come in pairs (0, 4), (1, 5), (2, 6), (3, 7).
-__device__ inline void Unpack(Int4, const char* raw, int j, uint32_t scale, uint32_t (&b)[4]) {
-  const uint32_t bits = *reinterpret_cast<const uint32_t*>(raw + j * 4);
-  const __half2 scales = AsHalves(scale | scale << 16);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    b[i] = HalfPair((bits >> (4 * i) & 0x000f000fu) | 0x64006400u, 0x64086408u, scales);
-  }
-}
-
-// x as the sum of two numbers of 16 bits. float16 has it in units that let it be as large as 2^20.
-constexpr float kUnit = 16.0f;
-__device__ inline float UnitOf(__half) { return kUnit; }
-__device__ inline float UnitOf(BFloat16) { return 1.0f; }
-
+// x as the sum of two numbers of 16 bits.
 __device__ inline void Split(__half, float x, uint32_t* lead, uint32_t* trail) {
   x *= 1.0f / kUnit;
   *lead = FloatToHalf(x);
@@ -175,30 +109,13 @@ class Stream {
       const bool valid = n < at_.outputs_end && offset < w.row_bytes;
       const char* data = static_cast<const char*>(w.data);
       StreamCopy16(slot + lane_ * 16, valid ? data + n * w.row_bytes + offset : data, valid);
-      if (W::kScaled) CopyScale(slot + 512 + lane_ * 4, n, valid);
+      if (W::kScaled) CopyScale<W>(slot + 512 + lane_ * 4, w, n, step_, at_.member, valid);
       Advance();
     }
     CommitCopies();
   }
 
-  // Group of columns of this lane's weights.
-  __device__ static int32_t GroupOf(int32_t step, int32_t member) {
-    return W::kPieces == 2 ? step * 2 + member / 2 : step * 4 + member;
-  }
-
  private:
-  // The word that holds the scale; the array may end in its middle.
-  __device__ void CopyScale(void* slot, int32_t n, bool valid) {
-    const Matrix& w = plan_.task.args.w;
-    const int32_t group = GroupOf(step_, at_.member);
-    const int64_t index = static_cast<int64_t>(n) * w.scale_stride + group;
-    const int64_t count = static_cast<int64_t>(w.out) * w.scale_stride;
-    const bool have = valid && group < w.scale_stride;
-    const char* data = static_cast<const char*>(w.scales);
-    const int32_t bytes = !have ? 0 : (index | 1) < count ? 4 : 2;
-    StreamCopy4(slot, have ? data + (index & ~int64_t{1}) * 2 : data, bytes);
-  }
-
   // Steps of the slice; slices without any are passed over.
   __device__ void Open() {
     while (pass_ < plan_.passes) {
