@@ -263,9 +263,15 @@ LinearArgs CudaDevice::Product(const Matrix& w, const DeviceMemory& x, int64_t l
   return args;
 }
 
+void CudaDevice::FoldIn(const Norm& norm, const FoldedNorm& folded, LinearArgs* args) {
+  args->norm = &norm;
+  args->norm_sums = folded.sums;
+  args->norm_bias = folded.bias;
+}
+
 EmbedArgs CudaDevice::Embedding(const DeviceMemory& row_list, int32_t rows,
                                 const DeviceMemory& x) const {
-  EmbedArgs args;
+  EmbedArgs args;  // without `overlap`: the products after it read slots before they wait
   args.table = weights_->embedding();
   args.positions = weights_->positions();
   args.position_stride = config_.hidden_size;
@@ -385,7 +391,7 @@ void CudaDevice::LaunchForward(int32_t rows) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearArgs qkv =
         Product(layer.qkv, s.x, hidden_stride_, s.q, hidden_stride_, rows, Epilogue::kQkv);
-    qkv.norm = &layer.norm1;
+    FoldIn(layer.norm1, layer.folded1, &qkv);
     qkv.layer = i;
     Check(Linear(qkv, stream_), "launching the attention's input");
     attention.layer = i;
@@ -405,7 +411,7 @@ void CudaDevice::LaunchAfterAttention(const LayerWeights& layer, int32_t rows) {
         "launching the attention's output");
   LinearArgs in = Product(layer.feed_forward_in, s.x, hidden_stride_, s.wide, wide_stride_, rows,
                           Epilogue::kGelu);
-  in.norm = &layer.norm2;
+  FoldIn(layer.norm2, layer.folded2, &in);
   Check(Linear(in, stream_), "launching the feed-forward block");
   Check(Linear(Product(layer.feed_forward_out, s.wide, wide_stride_, s.x, hidden_stride_, rows,
                        Epilogue::kResidual),
@@ -417,7 +423,7 @@ void CudaDevice::LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t ro
   LinearArgs head = Product(weights_->head(), x, hidden_stride_, decode_space_.logits,
                             logits_stride_, rows, Epilogue::kStore);
   head.x += first_row * hidden_stride_;
-  head.norm = &weights_->final_norm();
+  FoldIn(weights_->final_norm(), weights_->folded_final(), &head);
   Check(Linear(head, stream_), "launching the head");
 }
 

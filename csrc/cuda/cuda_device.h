@@ -120,6 +120,8 @@ class CudaDevice {
                 DType out_dtype, int32_t rows, bool gelu, bool accumulate);
   LinearArgs Product(const Matrix& w, const DeviceMemory& x, int64_t ldx, const DeviceMemory& y,
                      int64_t ldy, int32_t rows, Epilogue epilogue) const;
+  // The product's input is normed first.
+  static void FoldIn(const Norm& norm, const FoldedNorm& folded, LinearArgs* args);
   EmbedArgs Embedding(const DeviceMemory& row_list, int32_t rows, const DeviceMemory& x) const;
 
   const engine::PluginConfig config_;

@@ -129,7 +129,7 @@ void CudaDevice::FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearArgs qkv =
         Product(layer.qkv, s.x, hidden_stride_, s.q, hidden_stride_, rows, Epilogue::kQkv);
-    qkv.norm = &layer.norm1;
+    FoldIn(layer.norm1, layer.folded1, &qkv);
     qkv.layer = i;
     Check(Linear(qkv, stream_), "launching the attention's input");
     PrefillAttentionArgs attention;

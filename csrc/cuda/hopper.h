@@ -76,6 +76,32 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
+// ---- to other blocks of the cluster ----------------------------------------------------------------
+
+// Where what lies at an address of shared memory in this block lies in block `rank`.
+__device__ __forceinline__ uint32_t AddressInBlock(uint32_t shared, int32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+// Stores that complete, by their bytes, on a barrier in the same block's shared memory.
+__device__ __forceinline__ void StoreAsync(uint32_t address, float2 x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(address),
+      "f"(x.x), "f"(x.y), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void StoreAsync(uint32_t address, float4 x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
+}
+
 // ---- the bulk engine ------------------------------------------------------------------------------
 
 // Data that is read once and should not push other data out of the L2 cache.

@@ -33,16 +33,22 @@ struct LinearArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
-  // The kernel may start, and read the weights, the biases and the norm, before the kernel before it
-  // in the stream has ended, which must write none of these (programmatic dependent launch).
+  // The kernel may start before the kernel before it in the stream has ended (programmatic dependent
+  // launch), and read the weights, the biases, the norm, row_list, slots and their tables of pages: none
+  // of the kernels before it may write these, back to the last one that was launched without `overlap`.
   bool overlap = false;
   int32_t cluster = 0;  // blocks that share an output, 1, 2, 4 or 8 on sm_90; 0: to be chosen
+  // With a norm, both or none: what FoldNorm made of w and the norm. Lets x be read before its norm is
+  // known; bias has w.bias in it.
+  const float* norm_sums = nullptr;  // [w.out]
+  const float* norm_bias = nullptr;  // [w.out]
 };
 
-// Every output is one sum in an order that depends on w.in and w.dtype alone: a row's result is the
-// same bits with any number of rows beside it, and with any `cluster`. Weights of 16 bits and fewer
-// go to tensor cores where there are any (sm_80), also for one row, with x as the sum of two numbers
-// of 16 bits; float32 weights are multiplied in float32.
+// Every output is one sum in an order that depends on the shape and type of w alone: a row's result is
+// the same bits with any number of rows beside it, and with any `cluster` but 0. Weights of 16 bits
+// and fewer go to tensor cores where there are any (sm_80), also for one row. There, x is the sum of two
+// numbers of 16 bits; on sm_90, where `cluster` is 0 and a norm comes with its sums, it is one such
+// number, before the norm: of the weights' type, or float16. float32 weights are multiplied in float32.
 cudaError_t Linear(const LinearArgs& args, cudaStream_t stream);
 
 // ---- rows.cu: what is done per row --------------------------------------------------------------

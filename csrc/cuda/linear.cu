@@ -13,9 +13,12 @@ cudaError_t Linear(const LinearArgs& args, cudaStream_t stream) {
   if (task.normed) task.norm = *args.norm;
   if (args.epilogue == Epilogue::kQkv) {
     task.query_divisor = std::sqrt(static_cast<float>(args.cache.head_size));
+    task.head_size = DivisorOf(args.cache.head_size);
   }
   bool taken = false;
-  const cudaError_t status = LinearMma(task, stream, &taken);
+  cudaError_t status = LinearCluster(task, stream, &taken);
+  if (status != cudaSuccess || taken) return status;
+  status = LinearMma(task, stream, &taken);
   return status != cudaSuccess || taken ? status : LinearFma(task, stream);
 }
 

@@ -290,7 +290,8 @@ __global__ void __launch_bounds__(kThreads, 2) FmaKernel(const FmaPlan plan) {
       const float residual = ReadResidual(task, first_row + row, output);
       float total = partial[i];
       for (int32_t s = 1; s < plan.slice_warps; ++s) total += partial[s * per_slice + i];
-      Finish(task, first_row + row, output, total, bias, residual, places + row);
+      Finish(task, first_row + row, output, CacheColumnOf(task, output), total, bias, residual,
+             places + row);
     }
   }
 }

@@ -31,6 +31,11 @@ class Array:
         """Device address."""
         return int(self._tensor.data_ptr())
 
+    @property
+    def pointer(self) -> ctypes.c_void_p:
+        """The address as an argument of a C function."""
+        return ctypes.c_void_p(self.ptr)
+
     def get(self) -> np.ndarray:
         """What is there now."""
         return self._tensor.cpu().numpy().view(self.dtype).reshape(self.shape)
@@ -99,6 +104,25 @@ class Weights:
             self._held[0].ptr, row_bytes, dtype, in_, out, scales_ptr, stride, bias_ptr
         )
 
+    def copy(self) -> Weights:
+        """The same in another place of device memory."""
+        copy = object.__new__(Weights)
+        copy.__dict__.update(self.__dict__)
+        copy._held = [Array(array.get()) for array in self._held]
+        pointers = [array.ptr for array in copy._held]
+        m = self.matrix
+        copy.matrix = ops.Matrix(
+            pointers[0],
+            m.row_bytes,
+            m.dtype,
+            m.in_,
+            m.out,
+            pointers[1] if m.scales else None,
+            m.scale_stride,
+            pointers[-1] if m.bias else None,
+        )
+        return copy
+
     @staticmethod
     def _quantize(
         rng: np.random.Generator, w: np.ndarray, dtype: int
@@ -139,6 +163,13 @@ class NormWeights:
         centred = x - x.mean(axis=1, keepdims=True)
         scale = 1.0 / np.sqrt((centred**2).mean(axis=1, keepdims=True) + self._eps)
         return centred * scale * self.weight + self.bias
+
+
+def fold(library: ops.Library, w: Weights, norm: NormWeights) -> tuple[Array, Array]:
+    """What lets a product take its input before the norm: its sums and its bias."""
+    sums, bias = (Array(np.zeros(w.matrix.out, np.float32)) for _ in range(2))
+    library.call("fold_norm", w.matrix, norm.struct, sums.pointer, bias.pointer)
+    return sums, bias
 
 
 def rows_of(x: np.ndarray, columns: int = 8) -> np.ndarray:

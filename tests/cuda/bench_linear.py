@@ -13,7 +13,16 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.cuda import ops
-from tests.cuda.arrays import Array, Cache, NormWeights, Weights, reference, row_list, rows_of
+from tests.cuda.arrays import (
+    Array,
+    Cache,
+    NormWeights,
+    Weights,
+    fold,
+    reference,
+    row_list,
+    rows_of,
+)
 
 HIDDEN = {"small": 768, "medium": 1024, "large": 1280, "xl": 1600}
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
@@ -50,68 +59,71 @@ def read_bandwidth() -> float:
     return data.nbytes / (time_graph(lambda: data.sum(), 1) * 1e-6)
 
 
-def product(
-    library: ops.Library, name: str, hidden: int, dtype: int, rows: int, overlap: bool, cluster: int
-) -> tuple[float, int]:
-    """Microseconds, and bytes of the weights."""
-    rng = np.random.default_rng(0)
-    in_, out, epilogue, normed = {
-        "qkv": (hidden, 3 * hidden, ops.QKV, True),
-        "out": (hidden, hidden, ops.RESIDUAL, False),
-        "fc1": (hidden, 4 * hidden, ops.GELU, True),
-        "fc2": (4 * hidden, hidden, ops.RESIDUAL, False),
-        "head": (hidden, 50257, ops.STORE, True),
-    }[name]
-    first = Weights(rng, out, in_, dtype, bias=name != "head")
-    copies = [first]
-    # The same numbers in other places: enough for timing, and quick to make.
-    while len(copies) < 24 and sum(w.bytes for w in copies) < CACHE_BYTES:
-        copy = object.__new__(Weights)
-        copy.__dict__.update(first.__dict__)
-        copy._held = [Array(array.get()) for array in first._held]
-        pointers = [array.ptr for array in copy._held]
-        m = first.matrix
-        copy.matrix = ops.Matrix(
-            pointers[0],
-            m.row_bytes,
-            m.dtype,
-            m.in_,
-            m.out,
-            pointers[1] if m.scales else None,
-            m.scale_stride,
-            pointers[-1] if m.bias else None,
-        )
-        copies.append(copy)
-    norm = NormWeights(rng, in_)
-    x = Array(rows_of(rng.standard_normal((rows, in_)).astype(np.float32)))
-    y = Array(np.zeros((rows, out + 8 - out % 8), np.float32))
-    cache = Cache(ops.FLOAT16, 1, hidden // 64, 64, [20] * rows)
-    places = row_list([(row, -1) for row in range(rows)])
-    arguments = [
-        ops.LinearArgs(
-            w.matrix,
-            x.ptr,
-            in_,
-            reference(norm.struct) if normed else None,
-            rows,
-            y.ptr,
-            y.shape[1],
-            epilogue,
-            places.ptr,
-            cache.slots.ptr,
-            cache.layout,
-            0,
-            overlap,
-            cluster,
-        )
-        for w in copies
-    ]
+PRODUCTS = {
+    "qkv": (1, 3, ops.QKV, True),
+    "out": (1, 1, ops.RESIDUAL, False),
+    "fc1": (1, 4, ops.GELU, True),
+    "fc2": (4, 1, ops.RESIDUAL, False),
+}
+VOCAB = 50257
+
+
+class Case:
+    """A product over copies of its weights, with arguments for each copy."""
+
+    def __init__(self, library: ops.Library, name: str, hidden: int, dtype: int, rows: int) -> None:
+        rng = np.random.default_rng(0)
+        if name == "head":
+            in_, out, epilogue, normed = hidden, VOCAB, ops.STORE, True
+        else:
+            columns, outputs, epilogue, normed = PRODUCTS[name]
+            in_, out = columns * hidden, outputs * hidden
+        first = Weights(rng, out, in_, dtype, bias=name != "head")
+        copies = [first]
+        # The same numbers in other places: enough for timing, and quick to make.
+        while len(copies) < 24 and sum(w.bytes for w in copies) < CACHE_BYTES:
+            copies.append(first.copy())
+        norm = NormWeights(rng, in_)
+        sums, bias = fold(library, first, norm)
+        x = Array(rows_of(rng.standard_normal((rows, in_)).astype(np.float32)))
+        y = Array(np.zeros((rows, out + 8 - out % 8), np.float32))
+        cache = Cache(ops.FLOAT16, 1, hidden // 64, 64, [20] * rows)
+        places = row_list([(row, -1) for row in range(rows)])
+        self._held = (copies, norm, sums, bias, x, y, cache, places)
+        self.bytes = first.bytes
+        self.arguments = [
+            ops.LinearArgs(
+                w.matrix,
+                x.ptr,
+                in_,
+                reference(norm.struct) if normed else None,
+                rows,
+                y.ptr,
+                y.shape[1],
+                epilogue,
+                places.ptr,
+                cache.slots.ptr,
+                cache.layout,
+                norm_sums=sums.ptr if normed else None,
+                norm_bias=bias.ptr if normed else None,
+            )
+            for w in copies
+        ]
+
+    def set(self, overlap: bool, cluster: int) -> None:
+        """How the products are launched."""
+        for args in self.arguments:
+            args.overlap, args.cluster = overlap, cluster
+
+
+def time_products(library: ops.Library, arguments: list[ops.LinearArgs]) -> float:
+    """Microseconds of each."""
 
     def launch() -> None:
         for args in arguments:
             library.launch("linear", args)
 
-    return time_graph(launch, len(arguments)), first.bytes
+    return time_graph(launch, len(arguments))
 
 
 def main() -> None:
@@ -120,24 +132,43 @@ def main() -> None:
     parser.add_argument("--model", choices=HIDDEN, default="medium")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float16"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--cluster", type=int, nargs="+", default=[0], help="0: chosen")
+    parser.add_argument(
+        "--cluster",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="blocks that share outputs in the kernel of two parts; 0: chosen, the kernel too",
+    )
     options = parser.parse_args()
     library = ops.Library()
     bandwidth = read_bandwidth()
+    hidden = HIDDEN[options.model]
     print(f"GPT-2 {options.model}; reading reaches {bandwidth / 1e12:.2f} TB/s")
     print("dtype    rows cluster product      us  overlapped   limit  share")
     for dtype in options.dtype:
         for rows in options.rows:
+            names = (*PRODUCTS, "head")
+            cases = {name: Case(library, name, hidden, DTYPES[dtype], rows) for name in names}
             for cluster in options.cluster:
-                for name in ("qkv", "out", "fc1", "fc2", "head"):
-                    case = (name, HIDDEN[options.model], DTYPES[dtype], rows)
-                    plain, size = product(library, *case, False, cluster)
-                    overlapped, _ = product(library, *case, True, cluster)
-                    limit = size / bandwidth * 1e6
+                for name, case in cases.items():
+                    case.set(False, cluster)
+                    plain = time_products(library, case.arguments)
+                    case.set(True, cluster)
+                    overlapped = time_products(library, case.arguments)
+                    limit = case.bytes / bandwidth * 1e6
                     print(
                         f"{dtype:8} {rows:4} {cluster:7} {name:7} {plain:7.2f} {overlapped:11.2f}"
                         f" {limit:7.2f} {limit / overlapped:6.0%}"
                     )
+                layers = [
+                    args for each in zip(*(cases[n].arguments for n in PRODUCTS)) for args in each
+                ]
+                us = len(PRODUCTS) * time_products(library, layers)
+                limit = sum(cases[name].bytes for name in PRODUCTS) / bandwidth * 1e6
+                print(
+                    f"{dtype:8} {rows:4} {cluster:7} layer   {'':7} {us:11.2f} {limit:7.2f}"
+                    f" {limit / us:6.0%}"
+                )
 
 
 if __name__ == "__main__":

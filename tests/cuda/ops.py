@@ -101,6 +101,8 @@ class LinearArgs(ctypes.Structure):
         ("layer", _i32),
         ("overlap", ctypes.c_bool),
         ("cluster", _i32),
+        ("norm_sums", _ptr),
+        ("norm_bias", _ptr),
     ]
 
 
