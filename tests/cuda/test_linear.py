@@ -131,8 +131,8 @@ def test_products(library: ops.Library, dtype: str, in_: int, out: int, cluster:
         elif epilogue == ops.RESIDUAL:
             exact = y + exact
         got = run(library, w, x, epilogue, norm if normed else None, y, cluster=cluster)
-        # Sums that cancel leave their rounding: the bound is for the size of what was added. Roundings
-        # of few numbers do not even out.
+        # Sums that cancel leave their rounding: the bound is for the size of what was added. The
+        # roundings of few numbers do not even out.
         size = np.linalg.norm(np.abs(x if not normed else norm.apply(x)) @ np.abs(w.values).T)
         share = 1.0 if in_ < 16 else 0.2
         allowed = bounds[kind] * max(np.linalg.norm(exact), share * size) + 1e-6
