@@ -111,19 +111,6 @@ __device__ __forceinline__ uint64_t ReadOncePolicy() {
   return policy;
 }
 
-// True for one lane of the warp.
-__device__ __forceinline__ bool ElectLane() {
-  uint32_t elected;
-  asm volatile(
-      "{\n"
-      ".reg .pred one;\n"
-      "elect.sync _|one, 0xffffffff;\n"
-      "selp.b32 %0, 1, 0, one;\n"
-      "}\n"
-      : "=r"(elected));
-  return elected != 0;
-}
-
 // Addresses and size are multiples of 16 bytes.
 __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes,
                                          uint64_t* barrier, uint64_t policy) {

@@ -17,7 +17,8 @@ __device__ __forceinline__ uint32_t ActiveRows(const Shared<kRows>& shared) {
   return active;
 }
 
-// The warp that streams weights, in the order in which workers take them. It fills the ring before it knows whether there is anything to do.
+// The warp that streams weights, in the order in which workers take them, an output of a stage by a
+// lane. It fills the ring before it knows whether there is anything to do.
 template <typename W, int kRows>
 class Streamer {
  public:
@@ -26,6 +27,8 @@ class Streamer {
         shared_(shared),
         ring_(ring),
         lane_(threadIdx.x % 32),
+        output_(lane_ % kTile),
+        scales_(lane_ >= kTile),
         policy_(ReadOncePolicy()) {}
 
   __device__ __forceinline__ void Run() {
@@ -59,8 +62,8 @@ class Streamer {
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = OutputOf(product, tile);
       const int outputs = min(kTile, product.out - first);
-      const char* weights = product.weights + behind + first * product.row_bytes;
-      const char* scales = product.scales + behind + first * product.scale_bytes;
+      const char* from = scales_ ? product.scales + behind + (first + output_) * product.scale_bytes
+                                 : product.weights + behind + (first + output_) * product.row_bytes;
       // Batches do not go beyond the end of a group of tiles.
       const int group_left = (min(kRound, tiles - tile / kRound * kRound) - tile % kRound);
 #pragma unroll 1
@@ -91,23 +94,12 @@ class Streamer {
           }
         }
         __syncwarp();
-        // By one lane, in a row: the copies of several lanes go out one by one as well, and slower.
-        if (ElectLane()) {
-          char* const to = ring_ + stage_ * Stage<W>::kBytes;
-#pragma unroll
-          for (int i = 0; i < kTile; ++i) {
-            if (i >= outputs) continue;
-            BulkCopy(to + i * Stage<W>::kRowBytes, weights + i * product.row_bytes, weight_bytes,
-                     full, policy_);
-            if (W::kScales > 0) {
-              BulkCopy(to + i * Stage<W>::kRowBytes + Stage<W>::kWeightBytes,
-                       scales + i * product.scale_bytes, scale_bytes, full, policy_);
-            }
-          }
+        char* const to = ring_ + stage_ * Stage<W>::kBytes + output_ * Stage<W>::kRowBytes;
+        if (output_ < outputs && lane_ < kTile) BulkCopy(to, from, weight_bytes, full, policy_);
+        if (W::kScales > 0 && output_ < outputs && lane_ >= kTile && lane_ < 2 * kTile) {
+          BulkCopy(to + Stage<W>::kWeightBytes, from, scale_bytes, full, policy_);
         }
-        __syncwarp();
-        weights += kChunk * W::kBits / 8;
-        if (W::kScales > 0) scales += kChunk / kGroup * 2;
+        from += scales_ ? kChunk / kGroup * 2 : kChunk * W::kBits / 8;
         if (++stage_ == plan_.stages) stage_ = 0;
         if (left_ == 0 && ++batch_ == kMaxStages) {
           batch_ = 0;
@@ -121,7 +113,8 @@ class Streamer {
   const Plan& plan_;
   Shared<kRows>& shared_;
   char* const ring_;
-  const int lane_;
+  const int lane_, output_;
+  const bool scales_;  // lanes of the second eight copy them, where there are any
   const uint64_t policy_;
   bool started_ = false;
   int taken_ = 0;  // stages that have been used, up to all of them

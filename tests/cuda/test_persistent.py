@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastgen import _capi
 from fastgen.options import GenerationOptions
 from fastgen.testing.engine import EngineModel, EngineSequence
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
+from tests.cuda.step_policy import kernels_only, steps_as_one_kernel
 
-# Normalised mean squared error of logits.
-BOUNDS = {"float16": 2e-6, "bfloat16": 4e-5, "int8": 1e-5, "int4": 1e-5}
+# Normalised mean squared error of logits. Both ways round a weight of 4 bits times its scale to
+# float16, but one norms its input before the product and the other after it.
+BOUNDS = {"float16": 2e-6, "bfloat16": 4e-5, "int8": 1e-5, "int4": 1e-4}
 
 SHAPES = [
     GPTShape(97, 64, 32, 1, 4, 32),  # fewer tiles than multiprocessors
@@ -29,23 +27,6 @@ SHAPES = [
     GPTShape(300, 1024, 1280, 2, 20, 5120),
     GPTShape(300, 128, 1600, 2, 25, 6400),
 ]
-
-
-def steps_as_one_kernel(policy: int = 0) -> int:
-    """How many steps ran as one kernel so far; sets how the next ones run."""
-    library = ctypes.CDLL(str(_capi.library_path().resolve().parent / "libfastgen_cuda.so"))
-    library.fastgen_cuda_test_step_policy.restype = ctypes.c_int64
-    return int(library.fastgen_cuda_test_step_policy(policy))
-
-
-@contextmanager
-def kernels_only() -> Iterator[None]:
-    """Steps of few rows run as those of many."""
-    steps_as_one_kernel(1)
-    try:
-        yield
-    finally:
-        steps_as_one_kernel(0)
 
 
 def prompt(shape: GPTShape, length: int, seed: int = 0) -> list[int]:

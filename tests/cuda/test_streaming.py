@@ -15,7 +15,7 @@ import pytest
 from fastgen.options import GenerationOptions
 from fastgen.testing.engine import EngineModel, EngineSequence, Session
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
-from tests.cuda.test_persistent import kernels_only, steps_as_one_kernel
+from tests.cuda.step_policy import kernels_only, steps_as_one_kernel
 
 SHAPE = GPTShape(61, 128, 64, 2, 4, 256)
 FREE = GenerationOptions(
