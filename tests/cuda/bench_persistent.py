@@ -178,6 +178,20 @@ class Steps:
         assert bool(torch.isfinite(self.logits[:, :VOCAB]).all())
         return statistics.median(times)
 
+    def timeline(self, t: np.ndarray) -> None:
+        """When the moments of a layer come, from the inputs of its QKV on: what the chain of phases is."""
+        print("  cycles from the inputs of q, k and v on: median over blocks and layers")
+        print(f"  {'phase':10}" + "".join(f"{name:>10}" for name in STAMPS))
+        for i, name in enumerate((*PHASES, "next qkv")):
+            cells = []
+            for stamp in range(len(STAMPS)):
+                layers = np.arange(1, self.layers - 1)
+                since = t[:, 5 * layers, 2]
+                moment = t[:, 5 * layers + i, stamp]
+                gap = (moment - since)[(moment > 0) & (since > 0)]
+                cells.append(f"{np.median(gap):.0f}" if len(gap) else "")
+            print(f"  {name:10}" + "".join(f"{cell:>10}" for cell in cells))
+
     def profile(self) -> None:
         """Clock cycles of the moments of every phase, over layers and blocks."""
         phases = 5 * self.layers + 1
@@ -205,6 +219,7 @@ class Steps:
             ]
             blocks = len(part) // len(which)
             print(f"  {name:10}" + "".join(f"{cell:>24}" for cell in cells) + f"{blocks:8}")
+        self.timeline(t)
         begins = t[:, 0 : 5 * self.layers : 5, 0]
         begins = begins[(begins > 0).all(axis=1)]
         if self.layers > 2 and len(begins):
