@@ -179,7 +179,7 @@ class Steps:
         return statistics.median(times)
 
     def timeline(self, t: np.ndarray) -> None:
-        """When the moments of a layer come, from the inputs of its QKV on: what the chain of phases is."""
+        """When the moments of a layer come: the chain of its phases."""
         print("  cycles from the inputs of q, k and v on: median over blocks and layers")
         print(f"  {'phase':10}" + "".join(f"{name:>10}" for name in STAMPS))
         for i, name in enumerate((*PHASES, "next qkv")):

@@ -1,4 +1,4 @@
-"""How steps of few rows run on the CUDA device: as one kernel, where that is possible, or as kernels."""
+"""How steps of few rows run on the CUDA device: as one kernel where that is possible, or not."""
 
 from __future__ import annotations
 
