@@ -252,17 +252,15 @@ def measure(generator: Generator, peer: Any, plan: Plan, *, quiet: bool = True) 
 # ---- Command ---------------------------------------------------------------------------------
 
 
-def _load(
-    name: str, shape: str | None, threads: int | None, isa: str | None, want_peer: bool
-) -> tuple[Generator, Any]:
+def _load(name: str, shape: str | None, want_peer: bool, **options: Any) -> tuple[Generator, Any]:
     """The engine's model, and PaddleNLP's of the same weights if wanted."""
     if shape is None and not want_peer:
-        return Generator.from_pretrained(name, num_threads=threads, isa=isa, progress=True), None
+        return Generator.from_pretrained(name, progress=True, **options), None
     if shape is None:
         config, tensors = convert.load_directory(models.resolve(name))
     else:
         config, tensors = random_model(shape)
-    generator = Generator.from_tensors(config, tensors, num_threads=threads, isa=isa, progress=True)
+    generator = Generator.from_tensors(config, tensors, progress=True, **options)
     peer = convert.build_paddlenlp(config, tensors) if want_peer else None
     return generator, peer
 
@@ -297,6 +295,12 @@ def _parse_sizes(context: click.Context, parameter: click.Parameter, value: str)
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
 @click.option("--isa", help="Kernel set.  [default: the best]")
+@click.option(
+    "--weight_dtype",
+    "--weight-dtype",
+    default="float32",
+    help="Type of the weights: float32, float16, bfloat16, int8, int4.",
+)
 @click.option("--peer", type=click.Choice(("paddlenlp",)), help="Run this on the same weights too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
@@ -309,6 +313,7 @@ def command(
     bandwidth_mib: int,
     threads: int | None,
     isa: str | None,
+    weight_dtype: str,
     peer: str | None,
     as_json: bool,
 ) -> int:
@@ -331,7 +336,9 @@ def command(
         use_fp16_decoding=False,
     )  # fmt: skip
     with infer.paddle_environment(settings):
-        generator, peer_model = _load(model, shape, threads, isa, plan.peer)
+        generator, peer_model = _load(
+            model, shape, plan.peer, num_threads=threads, isa=isa, weight_dtype=weight_dtype
+        )
     # The arrays of --shape are out of reach now: only the packed copy should be in memory.
     gc.collect()
     with generator:

@@ -24,8 +24,7 @@ __all__ = ["FasterGPT"]
 Scalars = Union[int, float, Sequence[Any], np.ndarray, paddle.Tensor, None]
 
 _WEIGHT_CHECKS = ("content", "identity")
-_CPU_DTYPES = ("float32",)
-_GPU_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 # What a value of the op's inputs is, and its name there.
 _PER_ROW = {
     "top_k": ("TopK", "int64"),
@@ -51,13 +50,13 @@ class FasterGPT(paddle.nn.Layer):
         bos_id, eos_id, pad_id: special tokens; None: as `model.generate` has them; -1: none.
         temperature: divides the logits before the softmax; > 0.
         decoding_lib: a built `libdecoding_op.so`; None: it is built on first use.
-        use_fp16_decoding: the same as weight_dtype "float16"; not available on the CPU.
+        use_fp16_decoding: the same as weight_dtype "float16".
         weight_check: how changed weights are noticed. "content" reads all of them at each call and
             notices everything; "identity" looks only at where they lie and at Paddle's count of
             in-place operations, which neither optimizers nor `Tensor.set_value` add to.
-        weight_dtype: what the engine keeps the weights as: "float32", and on a GPU "float16",
-            "bfloat16", "int8" or "int4" too; None: float32 on the CPU, on a GPU the type that most
-            of the model's weights have.
+        weight_dtype: what the engine keeps the weights as: "float32", "float16", "bfloat16", "int8"
+            or "int4"; None: float32 on the CPU, on a GPU the type that most of the model's weights
+            have.
 
     Attributes:
         last_seed: the seed of the last call that sampled, given or drawn: an int, or a list of one
@@ -85,7 +84,7 @@ class FasterGPT(paddle.nn.Layer):
     ) -> None:
         super().__init__()
         _check_model(model)
-        self._weight_dtype = _weight_dtype(weight_dtype, use_fp16_decoding, _is_on_gpu(model))
+        self._weight_dtype = _weight_dtype(weight_dtype, use_fp16_decoding)
         if weight_check not in _WEIGHT_CHECKS:
             raise InvalidArgumentError(
                 f"weight_check is {weight_check!r}: it must be 'content' or 'identity'"
@@ -345,19 +344,9 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _is_on_gpu(model: Any) -> bool:
-    """Whether the weights are on a GPU. It is they that say where the engine runs."""
-    return any(parameter.place.is_gpu_place() for parameter in model.parameters())
-
-
-def _weight_dtype(weight_dtype: str | None, use_fp16_decoding: bool, on_gpu: bool) -> str:
+def _weight_dtype(weight_dtype: str | None, use_fp16_decoding: bool) -> str:
     """What the op is told; "auto": it decides by the weights, wherever a program is run."""
     if use_fp16_decoding:
-        if not on_gpu:
-            raise InvalidArgumentError(
-                "use_fp16_decoding is True and the model is on the CPU, where FasterGPT computes "
-                "in float32: it must be False"
-            )
         if weight_dtype not in (None, "float16"):
             raise InvalidArgumentError(
                 f"use_fp16_decoding is True and weight_dtype is {weight_dtype!r}: only one of them "
@@ -366,12 +355,9 @@ def _weight_dtype(weight_dtype: str | None, use_fp16_decoding: bool, on_gpu: boo
         return "float16"
     if weight_dtype is None:
         return "auto"
-    allowed = _GPU_DTYPES if on_gpu else _CPU_DTYPES
-    if weight_dtype not in allowed:
-        where = "a GPU" if on_gpu else "the CPU"
+    if weight_dtype not in _DTYPES:
         raise InvalidArgumentError(
-            f"weight_dtype is {weight_dtype!r}: with the model on {where} it must be one of "
-            f"{', '.join(allowed)}, or None"
+            f"weight_dtype is {weight_dtype!r}: it must be one of {', '.join(_DTYPES)}, or None"
         )
     return weight_dtype
 

@@ -141,8 +141,8 @@ class Generator:
             num_threads: None: `$FASTGEN_NUM_THREADS`, else the processors this process may use.
             isa: kernel set of the CPU, see `fastgen info`; None: `$FASTGEN_ISA`, else the best one.
             device: `"cpu"`, or `"cuda"` or `"cuda:<index>"` where `libfastgen_cuda` was built.
-            weight_dtype: `"float32"`; on `"cuda"` also `"float16"`, `"bfloat16"`, `"int8"` and
-                `"int4"`.
+            weight_dtype: what the weights are kept as: `"float32"`, `"float16"`, `"bfloat16"`,
+                `"int8"` or `"int4"`. Sums are float32 whatever it is.
             progress: called with bytes packed and bytes in all; True: a bar on standard error.
 
         Raises:

@@ -102,10 +102,6 @@ def _check(settings: Settings) -> None:
             f"use_fp16_decoding is on and weight_dtype is {settings.weight_dtype!r}: only one of "
             "them can be meant"
         )
-    if settings.use_fp16_decoding and settings.device == "cpu":
-        raise InvalidArgumentError(
-            "use_fp16_decoding is on: with device 'cpu' weights are float32, so it must be left out"
-        )
     if settings.decoding_lib is not None and settings.engine != "paddle-op":
         raise InvalidArgumentError(
             f"decoding_lib is {settings.decoding_lib!r}: it belongs to --engine paddle-op, not to "

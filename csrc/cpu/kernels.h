@@ -7,12 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/panels.h"
+
 namespace fastgen::cpu {
 
-// Weights lie in panels of kPanel output columns: panel p holds [in, kPanel] floats, row after
-// row, the columns p * kPanel ...; columns past the end are zero. Panels follow one another, so a
-// thread that owns a range of panels reads memory in sequence.
-constexpr int64_t kPanel = 32;
 // Activation rows start at multiples of this many floats and are readable up to it.
 constexpr int64_t kRowAlign = 16;
 // Positions of the KV cache come in blocks of this many.
@@ -29,7 +27,9 @@ struct MatmulArgs {
   int64_t ldx;
   int64_t rows;
   int64_t in;
-  const float* panels;  // [ceil(out / kPanel), in, kPanel]
+  const void* panels;   // ceil(out / kPanel) of them, one after the other: see panels.h
+  int64_t panel_bytes;  // PanelBytes(type, in)
+  WeightType type;      // of the weights; sums and activations are float32
   const float* bias;    // [out], or null
   int64_t out;
   float* y;  // [rows, out], row stride ldy

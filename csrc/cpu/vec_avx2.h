@@ -15,6 +15,28 @@ struct Vec {
   static constexpr int kPartVecs = 2;
 
   static T Load(const float* p) { return _mm256_loadu_ps(p); }
+  static T LoadHalf(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static T LoadBrain(const uint16_t* p) {
+    const __m256i wide =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static T LoadInt8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static T FromInt4(__m256i q) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(8)));
+  }
+  static __m256i WideBytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static T LoadLowInt4(const uint8_t* p) {
+    return FromInt4(_mm256_and_si256(WideBytes(p), _mm256_set1_epi32(15)));
+  }
+  static T LoadHighInt4(const uint8_t* p) { return FromInt4(_mm256_srli_epi32(WideBytes(p), 4)); }
   static void Store(float* p, T v) { _mm256_storeu_ps(p, v); }
   static T Set(float x) { return _mm256_set1_ps(x); }
   static T Fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }

@@ -15,6 +15,32 @@ struct Vec {
   static constexpr int kPartVecs = 2;
 
   static T Load(const float* p) { return _mm512_loadu_ps(p); }
+  static T LoadHalf(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static T LoadBrain(const uint16_t* p) {
+    const __m512i wide =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static T LoadInt8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // q - 8 by a table of sixteen: only the lowest four bits of a lane count.
+  static T Int4Table() {
+    return _mm512_setr_ps(-8.f, -7.f, -6.f, -5.f, -4.f, -3.f, -2.f, -1.f, 0.f, 1.f, 2.f, 3.f, 4.f,
+                          5.f, 6.f, 7.f);
+  }
+  static __m512i WideBytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static T LoadLowInt4(const uint8_t* p) {
+    return _mm512_permutexvar_ps(WideBytes(p), Int4Table());
+  }
+  static T LoadHighInt4(const uint8_t* p) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(WideBytes(p), 4), Int4Table());
+  }
   static void Store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static T Set(float x) { return _mm512_set1_ps(x); }
   static T Fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }

@@ -16,6 +16,46 @@ struct Vec {
   static constexpr int kPartVecs = 2;
 
   static T Load(const float* p) { return *reinterpret_cast<const T*>(p); }
+  // By the bits of the numbers: no function of another file may be used here (see kernels_inl.h).
+  static float FromBits(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+  }
+  static float FromHalf(uint16_t half) {
+    const uint32_t magnitude = half & 0x7fffu;
+    const uint32_t sign = (half & 0x8000u) << 16;
+    if (magnitude >= 0x7c00u) return FromBits(sign | 0x7f800000u | magnitude << 13);
+    // As a number of units of 2^-24 where it is subnormal.
+    if (magnitude < 0x0400u) {
+      const float value = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+      return sign ? -value : value;
+    }
+    return FromBits(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
+  }
+  static T LoadHalf(const uint16_t* p) {
+    return T{FromHalf(p[0]), FromHalf(p[1]), FromHalf(p[2]), FromHalf(p[3])};
+  }
+  static T LoadBrain(const uint16_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
+    return v;
+  }
+  static T LoadInt8(const int8_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
+    return v;
+  }
+  static T LoadLowInt4(const uint8_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] & 15) - 8);
+    return v;
+  }
+  static T LoadHighInt4(const uint8_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] >> 4) - 8);
+    return v;
+  }
   static void Store(float* p, T v) { *reinterpret_cast<T*>(p) = v; }
   static T Set(float x) { return T{x, x, x, x}; }
   static T Fma(T a, T b, T c) { return a * b + c; }

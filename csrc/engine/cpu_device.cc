@@ -39,13 +39,21 @@ int ResolveThreads(int32_t asked) {
   return static_cast<int>(value);
 }
 
+cpu::WeightType WeightTypeOf(const std::string& name) {
+  cpu::WeightType type;
+  if (cpu::ParseWeightType(name.c_str(), &type)) return type;
+  throw base::Error(FASTGEN_UNSUPPORTED, "weight_dtype=" + name +
+                                             " is not one that device=cpu has: float32, float16, "
+                                             "bfloat16, int8, int4");
+}
+
 }  // namespace
 
 CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
       pool_(ResolveThreads(options.num_threads)),
-      weights_(config, weights, pool_, options.progress),
+      weights_(config, weights, WeightTypeOf(options.weight_dtype), pool_, options.progress),
       cache_(config),
       hidden_stride_(RowStride(config.hidden_size)),
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
@@ -62,7 +70,7 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
   }
   info_.device = "cpu";
   info_.isa = kernels_.name;
-  info_.weight_dtype = "float32";
+  info_.weight_dtype = options.weight_dtype;
   info_.num_threads = pool_.threads();
   info_.weight_bytes = weights_.bytes();
   info_.step_bytes = weights_.step_bytes();
@@ -157,6 +165,8 @@ void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done)
   args.rows = rows;
   args.in = product.matrix.in;
   args.panels = product.matrix.panels;
+  args.panel_bytes = product.matrix.panel_bytes;
+  args.type = product.matrix.type;
   args.bias = product.matrix.bias;
   args.out = product.matrix.out;
   args.y = product.y;

@@ -54,10 +54,6 @@ std::unique_ptr<io::TensorSource> MakeTensorSource(std::vector<io::TensorView> t
 std::unique_ptr<Device> MakeDevice(const ModelConfig& config, WeightSource& weights,
                                    const DeviceOptions& options) {
   if (CudaIndex(options.device, "device") >= 0) return MakeCudaDevice(config, weights, options);
-  if (options.weight_dtype != "float32") {
-    throw base::Error(FASTGEN_UNSUPPORTED, "weight_dtype=" + options.weight_dtype +
-                                               " is not one that device=cpu has: float32");
-  }
   return std::make_unique<CpuDevice>(config, weights, options);
 }
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <mutex>
 
-#include "cpu/kernels.h"
-
 namespace fastgen::engine {
 
 using cpu::kPanel;
@@ -25,31 +23,38 @@ int64_t PackedMatrix::num_panels() const { return (out + kPanel - 1) / kPanel; }
 
 // Lays everything out twice: once to learn the size, once to hand out addresses.
 struct PackedWeights::Carver {
-  float* base = nullptr;
-  int64_t used = 0;
+  cpu::WeightType type;
+  char* base = nullptr;
+  int64_t used = 0;  // bytes
 
-  float* Take(int64_t floats) {
-    float* at = base ? base + used : nullptr;
-    used += RoundUp(floats, 16);  // cache lines
+  char* TakeBytes(int64_t bytes) {
+    char* at = base ? base + used : nullptr;
+    used += RoundUp(bytes, 64);  // cache lines
     return at;
+  }
+  float* Take(int64_t floats) {
+    return reinterpret_cast<float*>(TakeBytes(floats * static_cast<int64_t>(sizeof(float))));
   }
   PackedMatrix TakeMatrix(int64_t in, int64_t out, bool bias) {
     PackedMatrix m;
     m.in = in;
     m.out = out;
-    m.panels = Take(m.num_panels() * in * kPanel);
+    m.type = type;
+    m.panel_bytes = cpu::PanelBytes(type, in);
+    m.panels = TakeBytes(m.num_panels() * m.panel_bytes);
     if (bias) m.bias = Take(m.num_panels() * kPanel);
     return m;
   }
 };
 
-PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cpu::ThreadPool& pool,
-                             const Progress& progress)
+PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cpu::WeightType type,
+                             cpu::ThreadPool& pool, const Progress& progress)
     : hidden_(config.hidden_size) {
   const int64_t h = config.hidden_size;
   const int64_t wide = config.intermediate_size;
   layers_.resize(config.num_layers);
   Carver carver;
+  carver.type = type;
   auto carve = [&] {
     carver.used = 0;
     positions_ = carver.Take(config.max_positions * h);
@@ -69,12 +74,12 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     final_norm_weight_ = carver.Take(h);
     final_norm_bias_ = carver.Take(h);
     head_ = carver.TakeMatrix(h, config.vocab_size, false);
-    step_bytes_ = static_cast<uint64_t>(carver.used - step_begin) * sizeof(float);
+    step_bytes_ = static_cast<uint64_t>(carver.used - step_begin);
   };
   carve();
-  const uint64_t total = static_cast<uint64_t>(carver.used) * sizeof(float);
+  const auto total = static_cast<uint64_t>(carver.used);
   pages_ = cpu::Pages(total, "the model's weights");
-  carver.base = pages_.floats();
+  carver.base = pages_.data();
   carve();
   if (source.head_is_tied()) embedding_ = head_;
 
@@ -93,11 +98,11 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
   PackRows(head_, source, pool, false);
   if (!source.head_is_tied()) PackRows(embedding_, source, pool, true);
   source.ReleaseEnds();
-  report(total - step_bytes_ + head_.num_panels() * h * kPanel * sizeof(float));
+  report(total - step_bytes_ + static_cast<uint64_t>(head_.num_panels() * head_.panel_bytes));
 
   for (int32_t i = 0; i < config.num_layers; ++i) {
     const PackedLayer& layer = layers_[i];
-    const float* layer_begin = layer.norm1_weight;
+    const auto* layer_begin = reinterpret_cast<const char*>(layer.norm1_weight);
     source.ReadVector(i, Vector::kNorm1Weight, writable(layer.norm1_weight));
     source.ReadVector(i, Vector::kNorm1Bias, writable(layer.norm1_bias));
     source.ReadVector(i, Vector::kNorm2Weight, writable(layer.norm2_weight));
@@ -109,11 +114,18 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     source.ReadVector(i, Vector::kFeedForwardInBias, writable(layer.feed_forward_in.bias));
     source.ReadVector(i, Vector::kFeedForwardOutBias, writable(layer.feed_forward_out.bias));
     auto pack = [&](const PackedMatrix& matrix, const std::vector<ColumnsOf>& parts) {
-      pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int) {
+      // float32 is read to where it stays, other types by way of a panel of float32.
+      const bool direct = matrix.type == cpu::WeightType::kFloat32;
+      std::vector<std::vector<float>> scratch(pool.threads());
+      for (auto& floats : scratch) floats.resize(direct ? 0 : matrix.in * kPanel);
+      pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t panel = begin; panel < end; ++panel) {
-          float* out = writable(matrix.panels) + panel * matrix.in * kPanel;
+          char* const to = const_cast<char*>(matrix.panels) + panel * matrix.panel_bytes;
+          std::vector<float>& floats = scratch[thread];
+          float* const out = direct ? reinterpret_cast<float*>(to) : floats.data();
           const int64_t first = panel * kPanel;
           const int64_t last = std::min(first + kPanel, matrix.out);
+          if (!direct && last - first < kPanel) std::fill(floats.begin(), floats.end(), 0.0f);
           for (size_t p = 0; p < parts.size(); ++p) {
             const int64_t part_end = p + 1 < parts.size() ? parts[p + 1].begin : matrix.out;
             const int64_t from = std::max(first, parts[p].begin);
@@ -122,6 +134,7 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
             source.ReadColumns(i, parts[p].which, from - parts[p].begin, to - parts[p].begin,
                                out + (from - first), kPanel);
           }
+          if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, to);
         }
       });
     };
@@ -130,9 +143,9 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     pack(layer.feed_forward_in, {{Matrix::kFeedForwardIn, 0}});
     pack(layer.feed_forward_out, {{Matrix::kFeedForwardOut, 0}});
     source.ReleaseLayer(i);
-    const float* layer_end =
-        i + 1 < config.num_layers ? layers_[i + 1].norm1_weight : final_norm_weight_;
-    report(static_cast<uint64_t>(layer_end - layer_begin) * sizeof(float));
+    const auto* layer_end = reinterpret_cast<const char*>(
+        i + 1 < config.num_layers ? layers_[i + 1].norm1_weight : final_norm_weight_);
+    report(static_cast<uint64_t>(layer_end - layer_begin));
   }
   if (progress && done < total) progress(total, total);
 }
@@ -142,8 +155,9 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
   // Row r of the table is column r of the packed matrix.
   // A cache line more than a row: rows 4096 bytes apart would share a few sets of the first cache.
   const int64_t stride = matrix.in + 16;
+  const bool direct = matrix.type == cpu::WeightType::kFloat32;
   std::vector<std::vector<float>> scratch(pool.threads());
-  for (auto& rows : scratch) rows.resize(stride * kPanel);
+  for (auto& rows : scratch) rows.resize(stride * kPanel + (direct ? 0 : matrix.in * kPanel));
   pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
     float* rows = scratch[thread].data();
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -157,18 +171,23 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
           source.ReadHeadRows(row, row + 1, out);
         }
       }
-      float* out = const_cast<float*>(matrix.panels) + panel * matrix.in * kPanel;
+      char* const to = const_cast<char*>(matrix.panels) + panel * matrix.panel_bytes;
+      float* const out = direct ? reinterpret_cast<float*>(to) : rows + stride * kPanel;
       for (int64_t k = 0; k < matrix.in; ++k) {
         for (int64_t c = 0; c < last - first; ++c) out[k * kPanel + c] = rows[c * stride + k];
+        for (int64_t c = last - first; c < kPanel; ++c) out[k * kPanel + c] = 0.0f;
       }
+      if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, to);
     }
   });
 }
 
 void PackedWeights::Embed(int32_t token, int32_t position, float* out) const {
-  const float* column = embedding_.panels + (token / kPanel) * hidden_ * kPanel + token % kPanel;
-  const float* row = positions_ + static_cast<int64_t>(position) * hidden_;
-  for (int64_t i = 0; i < hidden_; ++i) out[i] = column[i * kPanel] + row[i];
+  const char* const panel = embedding_.panels + (token / kPanel) * embedding_.panel_bytes;
+  const float* const row = positions_ + static_cast<int64_t>(position) * hidden_;
+  for (int64_t i = 0; i < hidden_; ++i) {
+    out[i] = cpu::WeightAt(embedding_.type, panel, i, token % kPanel) + row[i];
+  }
 }
 
 }  // namespace fastgen::engine

@@ -1,11 +1,12 @@
 // The one copy of a model's weights that the CPU device keeps: matrices in the panels of
-// cpu/kernels.h, everything in one mapping, in the order in which a step reads it.
+// cpu/panels.h, vectors and positions in float32, everything in one mapping, in the order in which a step reads it.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "cpu/memory.h"
+#include "cpu/panels.h"
 #include "cpu/thread_pool.h"
 #include "engine/config.h"
 #include "engine/weights.h"
@@ -13,8 +14,10 @@
 namespace fastgen::engine {
 
 struct PackedMatrix {
-  const float* panels = nullptr;  // [panels(), in, cpu::kPanel]
-  const float* bias = nullptr;    // [panels() * cpu::kPanel], zero past `out`; null: none
+  const char* panels = nullptr;  // num_panels() of them, see cpu/panels.h
+  cpu::WeightType type = cpu::WeightType::kFloat32;
+  int64_t panel_bytes = 0;
+  const float* bias = nullptr;  // [panels() * cpu::kPanel], zero past `out`; null: none
   int64_t in = 0;
   int64_t out = 0;
   int64_t num_panels() const;
@@ -34,8 +37,8 @@ struct PackedLayer {
 class PackedWeights {
  public:
   // Packs and releases `source` piece by piece; `pool` packs with the threads that will read.
-  PackedWeights(const ModelConfig& config, WeightSource& source, cpu::ThreadPool& pool,
-                const Progress& progress);
+  PackedWeights(const ModelConfig& config, WeightSource& source, cpu::WeightType type,
+                cpu::ThreadPool& pool, const Progress& progress);
 
   const std::vector<PackedLayer>& layers() const { return layers_; }
   const PackedMatrix& head() const { return head_; }  // [hidden, vocab], no bias

@@ -3,39 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/half.h"
+
 namespace fastgen::io {
-
-namespace {
-
-inline float BitsToFloat(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t FloatToBits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-// All ones where `condition` holds, else 0.
-inline uint32_t Mask(bool condition) { return 0u - static_cast<uint32_t>(condition); }
-
-// Selects with masks, so that the loop over it vectorises, and makes no float32 subnormals, so that
-// it does not matter whether the thread flushes those to zero.
-inline uint32_t HalfToFloatBits(uint32_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const uint32_t shifted = magnitude << 13;
-  // A subnormal half is its mantissa times 2^-24, a normal float32.
-  const float scaled = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-  const uint32_t is_subnormal = Mask(magnitude < 0x0400u);
-  const uint32_t is_special = Mask(magnitude >= 0x7c00u);  // infinity or NaN
-  const uint32_t other = (shifted + ((127u - 15u) << 23)) | (is_special & 0x7f800000u);
-  return (half & 0x8000u) << 16 | (is_subnormal & FloatToBits(scaled)) | (~is_subnormal & other);
-}
-
-}  // namespace
 
 size_t DTypeSize(DType dtype) {
   switch (dtype) {
@@ -93,14 +63,14 @@ void ToFloat32(DType dtype, const void* source, int64_t count, float* __restrict
       for (int64_t i = 0; i < count; ++i) {
         uint16_t half;
         std::memcpy(&half, bytes + 2 * i, sizeof(half));
-        out[i] = BitsToFloat(HalfToFloatBits(half));
+        out[i] = base::HalfToFloat(half);
       }
       return;
     case DType::kBFloat16:
       for (int64_t i = 0; i < count; ++i) {
         uint16_t half;
         std::memcpy(&half, bytes + 2 * i, sizeof(half));
-        out[i] = BitsToFloat(static_cast<uint32_t>(half) << 16);
+        out[i] = base::BrainToFloat(half);
       }
       return;
     case DType::kOther: return;

@@ -1,0 +1,191 @@
+#include "cpu/panels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/half.h"
+
+namespace fastgen::cpu {
+namespace {
+
+struct Name {
+  WeightType type;
+  const char* name;
+};
+
+constexpr Name kNames[] = {
+    {WeightType::kFloat32, "float32"}, {WeightType::kBFloat16, "bfloat16"},
+    {WeightType::kFloat16, "float16"}, {WeightType::kInt8, "int8"},
+    {WeightType::kInt4, "int4"},
+};
+
+constexpr int64_t kScaleBytes = kPanel * 2;
+constexpr int64_t kInt8Bytes = kScaleBytes + kGroup * kPanel;  // of a group
+constexpr int64_t kInt4Bytes = kScaleBytes + kGroup * kPanel / 2;
+
+int64_t Groups(int64_t in) { return (in + kGroup - 1) / kGroup; }
+
+// Loops below go over the columns of a group inside, so that the compiler makes vectors of them.
+using Columns = float[kPanel];
+
+// To the nearest whole number, ties to even, for magnitudes below 2^22: others do not matter here.
+float Round(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+float Clip(float x, float least, float most) { return x < least ? least : x > most ? most : x; }
+
+// The weight of largest magnitude in each column.
+void LargestOf(const float* rows, int64_t count, Columns& largest) {
+  for (float& x : largest) x = 0.0f;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const float value = rows[k * kPanel + c];
+      if (std::fabs(value) > std::fabs(largest[c])) largest[c] = value;
+    }
+  }
+}
+
+// int8: the largest magnitude is 127 steps.
+void Int8Scales(const Columns& largest, Columns& scales) {
+  for (int64_t c = 0; c < kPanel; ++c) scales[c] = std::fabs(largest[c]) / 127.0f;
+}
+
+// int4 has one more negative step, which the largest magnitude takes whatever its sign. Which whole
+// numbers fit best is tried for that magnitude being 8 steps and somewhat more or less; the scale is
+// then the one of least squares, sum(w q) / sum(q q), which explains sum(w q)^2 / sum(q q) of sum(w w).
+void Int4Scales(const float* rows, int64_t count, const Columns& largest, Columns& scales) {
+  constexpr float kTries[] = {0.0f,  -0.2f, 0.2f,  -0.4f, 0.4f,  -0.6f, 0.6f, -0.8f,
+                              -1.0f, -1.2f, -1.4f, -1.7f, -2.0f, -2.3f, -2.6f};
+  Columns best;
+  for (int64_t c = 0; c < kPanel; ++c) best[c] = scales[c] = 0.0f;
+  for (const float more : kTries) {
+    Columns inverse, products, squares;
+    for (int64_t c = 0; c < kPanel; ++c) {
+      inverse[c] = largest[c] == 0.0f ? 0.0f : (-8.0f - more) / largest[c];
+      products[c] = squares[c] = 0.0f;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const float value = rows[k * kPanel + c];
+        const float q = Clip(Round(value * inverse[c]), -8.0f, 7.0f);
+        products[c] += value * q;
+        squares[c] += q * q;
+      }
+    }
+    for (int64_t c = 0; c < kPanel; ++c) {
+      if (squares[c] == 0.0f) continue;
+      const float explained = products[c] / squares[c] * products[c];
+      if (explained > best[c]) {
+        best[c] = explained;
+        scales[c] = products[c] / squares[c];
+      }
+    }
+  }
+}
+
+void PackGroup(bool wide, const float* rows, int64_t count, uint8_t* to) {
+  Columns largest, scales, inverse;
+  LargestOf(rows, count, largest);
+  if (wide) {
+    Int8Scales(largest, scales);
+  } else {
+    Int4Scales(rows, count, largest, scales);
+  }
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const uint16_t scale = base::FloatToHalf(scales[c]);
+    std::memcpy(to + 2 * c, &scale, sizeof(scale));
+    const float step = base::HalfToFloat(scale);
+    inverse[c] = step == 0.0f ? 0.0f : 1.0f / step;
+  }
+  uint8_t* const values = to + kScaleBytes;
+  std::memset(values, wide ? 0 : 0x88, static_cast<size_t>(kGroup * kPanel / (wide ? 1 : 2)));
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const float q = Round(
+          Clip(rows[k * kPanel + c] * inverse[c], wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f));
+      const int whole = q == q ? static_cast<int>(q) : 0;
+      if (wide) {
+        values[k * kPanel + c] = static_cast<uint8_t>(whole);
+        continue;
+      }
+      uint8_t& both = values[k / 2 * kPanel + c];
+      const int bits = whole + 8;
+      both = static_cast<uint8_t>(k % 2 == 0 ? (both & 0xf0) | bits : (both & 0x0f) | bits << 4);
+    }
+  }
+}
+
+}  // namespace
+
+bool ParseWeightType(const char* name, WeightType* type) {
+  for (const Name& known : kNames) {
+    if (std::strcmp(name, known.name) != 0) continue;
+    *type = known.type;
+    return true;
+  }
+  return false;
+}
+
+const char* WeightTypeName(WeightType type) {
+  for (const Name& known : kNames) {
+    if (type == known.type) return known.name;
+  }
+  return "?";
+}
+
+int64_t PanelBytes(WeightType type, int64_t in) {
+  switch (type) {
+    case WeightType::kFloat32: return in * kPanel * 4;
+    case WeightType::kBFloat16:
+    case WeightType::kFloat16: return in * kPanel * 2;
+    case WeightType::kInt8: return Groups(in) * kInt8Bytes;
+    case WeightType::kInt4: return Groups(in) * kInt4Bytes;
+  }
+  return 0;
+}
+
+void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
+  auto* const halves = static_cast<uint16_t*>(panel);
+  switch (type) {
+    case WeightType::kFloat32:
+      std::memcpy(panel, weights, static_cast<size_t>(in * kPanel) * sizeof(float));
+      return;
+    case WeightType::kBFloat16:
+      for (int64_t i = 0; i < in * kPanel; ++i) halves[i] = base::FloatToBrain(weights[i]);
+      return;
+    case WeightType::kFloat16:
+      for (int64_t i = 0; i < in * kPanel; ++i) halves[i] = base::FloatToHalf(weights[i]);
+      return;
+    case WeightType::kInt8:
+    case WeightType::kInt4:
+      for (int64_t k = 0; k < in; k += kGroup) {
+        const bool wide = type == WeightType::kInt8;
+        PackGroup(wide, weights + k * kPanel, std::min(kGroup, in - k),
+                  static_cast<uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes));
+      }
+      return;
+  }
+}
+
+float WeightAt(WeightType type, const void* panel, int64_t k, int64_t c) {
+  const auto* const halves = static_cast<const uint16_t*>(panel);
+  switch (type) {
+    case WeightType::kFloat32: return static_cast<const float*>(panel)[k * kPanel + c];
+    case WeightType::kBFloat16: return base::BrainToFloat(halves[k * kPanel + c]);
+    case WeightType::kFloat16: return base::HalfToFloat(halves[k * kPanel + c]);
+    case WeightType::kInt8:
+    case WeightType::kInt4: break;
+  }
+  const bool wide = type == WeightType::kInt8;
+  const uint8_t* group =
+      static_cast<const uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes);
+  uint16_t scale;
+  std::memcpy(&scale, group + 2 * c, sizeof(scale));
+  const int64_t row = k % kGroup;
+  const uint8_t* const values = group + kScaleBytes;
+  const int q = wide ? static_cast<int8_t>(values[row * kPanel + c])
+                     : (values[row / 2 * kPanel + c] >> (row % 2 * 4) & 15) - 8;
+  return base::HalfToFloat(scale) * static_cast<float>(q);
+}
+
+}  // namespace fastgen::cpu
