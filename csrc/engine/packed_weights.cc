@@ -23,7 +23,7 @@ int64_t PackedMatrix::num_panels() const { return (out + kPanel - 1) / kPanel; }
 
 // Lays everything out twice: once to learn the size, once to hand out addresses.
 struct PackedWeights::Carver {
-  cpu::WeightType type;
+  cpu::WeightType type = cpu::WeightType::kFloat32;
   char* base = nullptr;
   int64_t used = 0;  // bytes
 
@@ -53,14 +53,17 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
   const int64_t h = config.hidden_size;
   const int64_t wide = config.intermediate_size;
   layers_.resize(config.num_layers);
+  // With 4 bits the ends keep 8: they are what perplexity suffers from, and a small part of a network.
+  const cpu::WeightType end_type = type == cpu::WeightType::kInt4 ? cpu::WeightType::kInt8 : type;
   Carver carver;
-  carver.type = type;
   auto carve = [&] {
     carver.used = 0;
+    carver.type = end_type;
     positions_ = carver.Take(config.max_positions * h);
     embedding_ =
         source.head_is_tied() ? PackedMatrix() : carver.TakeMatrix(h, config.vocab_size, false);
     const int64_t step_begin = carver.used;
+    carver.type = type;
     for (PackedLayer& layer : layers_) {
       layer.norm1_weight = carver.Take(h);
       layer.norm1_bias = carver.Take(h);
@@ -73,6 +76,7 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     }
     final_norm_weight_ = carver.Take(h);
     final_norm_bias_ = carver.Take(h);
+    carver.type = end_type;
     head_ = carver.TakeMatrix(h, config.vocab_size, false);
     step_bytes_ = static_cast<uint64_t>(carver.used - step_begin);
   };

@@ -216,7 +216,8 @@ typedef struct fastgen_model_options {
    *  NULL for another device. */
   const char* isa;
   /** Type that weights are packed as: "float32", "float16", "bfloat16", "int8" or "int4" (the integers
-   *  with a float16 scale for every 32 inputs of an output). NULL: "float32". */
+   *  with a float16 scale for every 32 inputs of an output; on the CPU the embedding and the head of
+   *  "int4" have 8 bits). NULL: "float32". */
   const char* weight_dtype;
   /** Threads that compute on the CPU, 1 to 1024. 0: the environment variable `FASTGEN_NUM_THREADS`,
    *  else the processors that this process may use. */
