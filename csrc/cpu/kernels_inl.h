@@ -136,54 +136,68 @@ void Tile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first,
   FinishTile<M, V, E>(args, row, column + first, acc);
 }
 
-// The same for groups of rows that share scales: a chain over each group, and one over the groups.
-template <class W, int M, int V, Epilogue E>
+// The same for groups of rows that share scales: a chain over each group, and one over the groups. P
+// neighbouring panels at once: with one row there would be too few chains to keep the multipliers busy.
+template <class W, int P, int M, int V, Epilogue E>
 void GroupTile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first,
                int64_t column) {
-  T acc[M][V];
+  constexpr int kVecs = P * V;  // of all panels
+  T acc[M][kVecs];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
+    for (int v = 0; v < kVecs; ++v) acc[m][v] = Vec::Set(0.0f);
   }
   const float* x = args.x + row * args.ldx;
   const int64_t ldx = args.ldx;
+  const int64_t panel_bytes = args.panel_bytes;
   for (int64_t begin = 0; begin < args.in; begin += kGroup) {
-    const uint16_t* const scales = reinterpret_cast<const uint16_t*>(panel) + first;
     const char* w = panel + 2 * kPanel + first;
     const int64_t count = Min(kGroup, args.in - begin);
-    T part[M][V];
+    T part[M][kVecs];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) part[m][v] = Vec::Set(0.0f);
+      for (int v = 0; v < kVecs; ++v) part[m][v] = Vec::Set(0.0f);
     }
     for (int64_t k = 0; k < count; k += W::kRows) {
-      Prefetch(w);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) Prefetch(w + p * panel_bytes);
 #pragma GCC unroll 2
       for (int half = 0; half < W::kRows; ++half) {
         if (half > 0 && k + half >= count) break;
-        T b[V];
+        T b[kVecs];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) b[v] = W::Load(w, v, half);
+        for (int v = 0; v < kVecs; ++v) b[v] = W::Load(w + v / V * panel_bytes, v % V, half);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const T a = Vec::Set(x[m * ldx + begin + k + half]);
 #pragma GCC unroll 16
-          for (int v = 0; v < V; ++v) part[m][v] = Vec::Fma(a, b[v], part[m][v]);
+          for (int v = 0; v < kVecs; ++v) part[m][v] = Vec::Fma(a, b[v], part[m][v]);
         }
       }
       w += kPanel;
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const T scale = Vec::LoadHalf(scales + v * kWidth);
+    for (int v = 0; v < kVecs; ++v) {
+      const char* const scales = panel + v / V * panel_bytes;
+      const T scale =
+          Vec::LoadHalf(reinterpret_cast<const uint16_t*>(scales) + first + v % V * kWidth);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) acc[m][v] = Vec::Fma(part[m][v], scale, acc[m][v]);
     }
     panel += 2 * kPanel + kGroup / W::kRows * kPanel;
   }
-  FinishTile<M, V, E>(args, row, column + first, acc);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+    T mine[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) mine[m][v] = acc[m][p * V + v];
+    }
+    FinishTile<M, V, E>(args, row, column + first + p * kPanel, mine);
+  }
 }
 
 using TileFn = void (*)(const MatmulArgs&, int64_t, const char*, int64_t, int64_t);
@@ -197,12 +211,12 @@ struct TilesOf {
 template <int V, Epilogue E>
 struct TilesOf<Int8, V, E> {
   template <int M>
-  static constexpr TileFn kTile = GroupTile<Int8, M, V, E>;
+  static constexpr TileFn kTile = GroupTile<Int8, 1, M, V, E>;
 };
 template <int V, Epilogue E>
 struct TilesOf<Int4, V, E> {
   template <int M>
-  static constexpr TileFn kTile = GroupTile<Int4, M, V, E>;
+  static constexpr TileFn kTile = GroupTile<Int4, 1, M, V, E>;
 };
 
 template <class W, int V, Epilogue E, int... M>
@@ -223,6 +237,9 @@ using TableOf =
 template <class W>
 constexpr int kShare = std::is_same_v<W, Int8> || std::is_same_v<W, Int4> ? 2 : 1;
 
+// Panels of one row that are worked on at once, within the registers of the set.
+constexpr int kTogether = kWidth == 16 ? 4 : 1;
+
 template <class W, Epilogue E>
 void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
   using Full = TableOf<W, kPanelVecs, E, Vec::kFullRows / kShare<W>>;
@@ -231,7 +248,14 @@ void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
   const int64_t tallest = Full::kMost >= args.rows ? Full::kMost : Part::kMost;
   const int64_t tiles = (args.rows + tallest - 1) / tallest;
   const int64_t panel_bytes = args.panel_bytes;
-  for (int64_t panel = begin; panel < end; ++panel) {
+  int64_t panel = begin;
+  if constexpr (kShare<W> > 1 && kTogether > 1) {
+    for (; args.rows == 1 && panel + kTogether <= end; panel += kTogether) {
+      const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
+      GroupTile<W, kTogether, 1, kPanelVecs, E>(args, 0, w, 0, panel * kPanel);
+    }
+  }
+  for (; panel < end; ++panel) {
     const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = args.rows * t / tiles;
@@ -368,9 +392,11 @@ void WeighValues(const AttentionArgs& args, int64_t column, float sum) {
 
 void Attention(const AttentionArgs& args) {
   const int64_t blocks = (args.length + kBlock - 1) / kBlock;
-  constexpr int kTogether = kWidth == 16 ? 4 : 1;  // within the registers of the set
+  constexpr int kBlocksTogether = kWidth == 16 ? 4 : 1;  // within the registers of the set
   int64_t block = 0;
-  for (; block + kTogether <= blocks; block += kTogether) ScoreBlocks<kTogether>(args, block);
+  for (; block + kBlocksTogether <= blocks; block += kBlocksTogether) {
+    ScoreBlocks<kBlocksTogether>(args, block);
+  }
   for (; block < blocks; ++block) ScoreBlocks<1>(args, block);
 
   float* scores = args.scores;
