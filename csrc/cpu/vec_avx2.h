@@ -6,6 +6,7 @@
 #include <cstdint>
 
 namespace fastgen::cpu::avx2 {
+namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
   using T = __m256;
@@ -74,4 +75,5 @@ struct Vec {
   }
 };
 
+}  // namespace
 }  // namespace fastgen::cpu::avx2

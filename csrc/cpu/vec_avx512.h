@@ -6,6 +6,7 @@
 #include <cstdint>
 
 namespace fastgen::cpu::avx512 {
+namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
   using T = __m512;
@@ -80,4 +81,5 @@ struct Vec {
   }
 };
 
+}  // namespace
 }  // namespace fastgen::cpu::avx512

@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace fastgen::cpu::generic {
+namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
   typedef float T __attribute__((vector_size(16), may_alias, aligned(4)));
@@ -95,4 +96,5 @@ struct Vec {
   static T ZeroBelow(T x, float bound, T value) { return x < Set(bound) ? Set(0.0f) : value; }
 };
 
+}  // namespace
 }  // namespace fastgen::cpu::generic
