@@ -3,6 +3,8 @@
 # before it compiles.
 set -euo pipefail
 
-export FASTGEN_CACHE="$PWD/build-paddle"
-library="$("$PYTHON" -c 'import fastgen.jit; print(fastgen.jit.build_op_library())')"
-install -D -m 755 "$library" "$SP_DIR/fastgen/lib/libdecoding_op.so"
+# From a directory of its own: the one of the sources has a package fastgen, without a library.
+mkdir build-paddle
+cd build-paddle
+FASTGEN_CACHE="$PWD" "$PYTHON" -c 'import fastgen.jit; print(fastgen.jit.build_op_library())' | tee path
+install -D -m 755 "$(tail -n 1 path)" "$SP_DIR/fastgen/lib/libdecoding_op.so"
