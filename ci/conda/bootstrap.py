@@ -45,8 +45,8 @@ ROOTS = [
     "setuptools",
 ]
 PADDLE_ROOTS = ["paddlepaddle", "paddlenlp", "hypothesis", "pytest", "pytest-timeout"]
-# Paddle imports it without saying so.
-UNSAID = {"paddlepaddle": ["setuptools"]}
+# What is imported without the wheel saying so.
+UNSAID = {"paddlepaddle": ["setuptools"], "paddlenlp": ["pip"]}
 # conda's name of a program that the package index has under another name.
 ALIASES = {"pkg-config": "pkgconf"}
 

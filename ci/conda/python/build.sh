@@ -17,10 +17,15 @@ mkdir -p "$stdlib/site-packages"
 echo "Packages are installed here." >"$stdlib/site-packages/README.txt"
 
 if [[ "$HOST_PYTHON_BASE" == /usr ]]; then
-  # Debian's CPython installs elsewhere unless it believes that it is a virtual environment: here it is one.
-  sed -i 's/^\( *is_virtual_environment = \).*/\1True/' "$stdlib/site.py"
-  sed -i "s/^\( *\)prefix_scheme = 'posix_local'/\1prefix_scheme = 'posix_prefix'/
-    s/os.environ.get('DEB_PYTHON_INSTALL_LAYOUT', 'posix_local')/'posix_prefix'/" "$stdlib/sysconfig.py"
+  # Debian's CPython looks for packages elsewhere unless it is a virtual environment, and installs them elsewhere.
+  # Its site.py is frozen into the program, so the folder is added by what site.py imports last.
+  cat >"$stdlib/sitecustomize.py" <<'PYTHON'
+import site
+import sys
+
+site.addsitedir(f"{sys.prefix}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
+PYTHON
+  sed -i "s/^\( *\)prefix_scheme = 'posix_local'/\1prefix_scheme = 'posix_prefix'/" "$stdlib/sysconfig.py"
 else
   # The place in texts is the package's from now on; the installer puts the real one there.
   grep -rlIZ -- "$HOST_PYTHON_BASE" . | xargs -0 -r sed -i "s#$HOST_PYTHON_BASE#$PREFIX#g"
