@@ -43,6 +43,7 @@ resolve() {
 resolve uv uv
 resolve build build
 resolve googletest googletest
+resolve conda run build conda
 resolve run run
 resolve lint run lint
 resolve docs run docs
