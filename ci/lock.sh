@@ -43,6 +43,8 @@ resolve() {
 resolve uv uv
 resolve build build
 resolve googletest googletest
+resolve release release
+resolve installed run test
 resolve run run
 resolve lint run lint
 resolve docs run docs
