@@ -1,4 +1,4 @@
-"""The workflow, which cannot run here, names scripts that are there, and all that ci/test.sh runs."""
+"""The workflow, which cannot run here: its scripts are there, all of ci/test.sh among them."""
 
 from __future__ import annotations
 
