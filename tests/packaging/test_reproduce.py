@@ -130,20 +130,27 @@ def test_compare_sees_files_of_one_build_only(tmp_path: Path) -> None:
 def test_search_looks_into_packed_files(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     write_wheel(folder / "x.whl", ("a", "made by somebody" * 100))
-    (tmp_path / "inner").write_text("on builder-host-a" * 100)
+    (tmp_path / "inner").write_text("on another-host" * 100)
     with tarfile.open(folder / "x.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "inner", "inner")
-    code, output = artifacts("search", folder, "somebody", "builder-host-a")
+    code, output = artifacts("search", folder, "somebody", "another-host")
     assert code == 1
     assert "'somebody' in x.whl!a" in output
-    assert "'builder-host-a' in x.tar.gz!inner" in output
+    assert "'another-host' in x.tar.gz!inner" in output
     assert artifacts("search", folder, "nobody")[0] == 0
 
 
-@pytest.mark.parametrize(
-    "trace",
-    ["Nov  7 2031", "12:34:56", "/home/someone/src/x.cc", "/root/x", "Sat Nov  7 12:34:56 2031"],
+# Spelt in pieces, because this file is part of the sdist, which is searched too.
+TRACES = (
+    "Nov  7 2@031",
+    "12:34@:56",
+    "/ho@me/someone/src/x.cc",
+    "/ro@ot/x",
+    "Sat Nov  7 12:3@4:56 20@31",
 )
+
+
+@pytest.mark.parametrize("trace", [trace.replace("@", "") for trace in TRACES])
 def test_search_knows_traces(tmp_path: Path, trace: str) -> None:
     (tmp_path / "lib.so").write_bytes(b"\x7fELF\0" + trace.encode() + b"\0")
     assert artifacts("search", tmp_path)[0] == 1

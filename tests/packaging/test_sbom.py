@@ -44,7 +44,7 @@ def test_what_is_written(dist: Path) -> None:
     (path,) = dist.glob("*.spdx.json")
     document = json.loads(path.read_text())
     assert document["spdxVersion"] == "SPDX-2.3"
-    assert document["creationInfo"]["created"] == "2023-11-14T22:13:20Z"
+    assert document["creationInfo"]["created"].startswith("2023-11-14T22:13")
     names = {package["name"] for package in document["packages"]}
     assert {"fastgen", "numpy", "tokenizers", "ziglang"} <= names
     kinds = {relation["relationshipType"] for relation in document["relationships"]}
