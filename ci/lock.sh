@@ -44,6 +44,8 @@ resolve uv uv
 resolve build build
 resolve googletest googletest
 resolve conda run build conda
+resolve release release
+resolve installed run test
 resolve run run
 resolve lint run lint
 resolve docs run docs

@@ -1,5 +1,7 @@
 # One file of kernels per instruction set, each compiled with its own flags and only if the compiler
 # has them. csrc/cpu/dispatch.cc sees FASTGEN_HAVE_<ISA> for each set that is in the library.
+#
+#   -DFASTGEN_WITHOUT_AVX512=ON    as if the compiler did not have this set; AVX2 likewise
 include(CheckCXXSourceCompiles)
 
 set(FASTGEN_FLAGS_generic "")
@@ -25,6 +27,9 @@ int main() {
   return _mm256_cvtss_f32(y) == 7.f;
 }]])
 
+option(FASTGEN_WITHOUT_AVX2 "Leave out the kernels for AVX2" OFF)
+option(FASTGEN_WITHOUT_AVX512 "Leave out the kernels for AVX-512" OFF)
+
 function(fastgen_add_isa target isa)
   set(source "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/kernels_${isa}.cc")
   string(TOUPPER "${isa}" isa_upper)
@@ -32,6 +37,10 @@ function(fastgen_add_isa target isa)
     message(FATAL_ERROR "${source} is missing")
   endif()
   if(DEFINED FASTGEN_PROBE_${isa})
+    if(FASTGEN_WITHOUT_${isa_upper})
+      message(STATUS "Kernels ${isa}: left out, FASTGEN_WITHOUT_${isa_upper} is on")
+      return()
+    endif()
     string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${FASTGEN_FLAGS_${isa}}")
     check_cxx_source_compiles("${FASTGEN_PROBE_${isa}}" FASTGEN_COMPILER_HAS_${isa_upper})
     if(NOT FASTGEN_COMPILER_HAS_${isa_upper})
@@ -40,6 +49,7 @@ function(fastgen_add_isa target isa)
     endif()
   endif()
   target_sources(${target} PRIVATE "${source}")
+  set_property(GLOBAL APPEND PROPERTY FASTGEN_ISAS "${isa}")
   set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${FASTGEN_FLAGS_${isa}}")
   set_property(SOURCE "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/dispatch.cc" APPEND
                PROPERTY COMPILE_DEFINITIONS "FASTGEN_HAVE_${isa_upper}=1")

@@ -97,6 +97,10 @@ if(FASTGEN_PADDLE OR ON_INFER)
   fastgen_paddle_abi("${paddle_common}" paddle_abi)
   message(STATUS "Paddle: ${paddle_library} (${paddle_build}, C++11 ABI ${paddle_abi})")
 
+  # Paddle's checks keep the names of its headers.
+  list(GET paddle_include 0 paddle_include_root)
+  fastgen_map_paths("${paddle_include_root}" paddle/include)
+
   add_library(fastgen_paddle INTERFACE)
   target_include_directories(fastgen_paddle SYSTEM INTERFACE ${paddle_include})
   target_compile_definitions(

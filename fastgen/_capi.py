@@ -7,6 +7,7 @@ the header and compares. Calls release the interpreter lock.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import threading
 from ctypes import (
@@ -231,6 +232,7 @@ STRUCTURES: dict[str, type[Structure]] = {
 #: text streams) are `c_void_p`; text, which may hold NULs, is `c_char_p` with its size.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastgen_version": (c_char_p, []),
+    "fastgen_build_info": (c_char_p, []),
     "fastgen_last_error": (c_char_p, []),
     "fastgen_isa_count": (c_size_t, []),
     "fastgen_isa_name": (c_char_p, [c_size_t]),
@@ -367,6 +369,12 @@ def library_path() -> Path:
 def library_version() -> str:
     """Version of the native library, `major.minor.patch`."""
     return bytes(library().fastgen_version()).decode()
+
+
+def build_info() -> dict[str, Any]:
+    """What the native library was built from; see `fastgen_build_info`."""
+    document: dict[str, Any] = json.loads(library().fastgen_build_info())
+    return document
 
 
 def last_error() -> str:

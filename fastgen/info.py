@@ -72,10 +72,32 @@ def _chosen() -> dict[str, Any]:
         return {"isa": generator.info.isa, "threads": generator.info.num_threads}
 
 
+def _show_build(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    for name, value in document.items():
+        if name == "kernels":
+            for isa, flags in value.items():
+                click.echo(f"{'kernels ' + isa + ':':<20} {flags or 'no flags of their own'}")
+            continue
+        if name == "cuda":
+            value = value or "none"
+        elif value is None:
+            value = "not told to the build"
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        click.echo(f"{name.replace('_', ' ') + ':':<20} {value}")
+
+
 @click.command("info")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def command(as_json: bool) -> int:
+@click.option("--build", is_flag=True, help="What the library was built from, and nothing else.")
+def command(as_json: bool, build: bool) -> int:
     """Show versions, kernel sets, memory and where op libraries are kept."""
+    if build:
+        _show_build(_capi.build_info(), as_json)
+        return 0
     document = collect()
     if as_json:
         click.echo(json.dumps(document))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,6 +234,48 @@ def test_kernel_sets_share_no_code(tree: Tree) -> None:
         symbols = [line.split()[-2:] for line in run("nm", path).splitlines()]
         weak = [name for kind, name in symbols if kind in "WwVvu"]
         assert not weak, f"{path.name}: {weak}"
+
+
+def build_info(tmp_path: Path, *options: str, **environment: str) -> dict[str, Any]:
+    """What a build that is configured so would tell; nothing is compiled."""
+    run(
+        *("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DFASTGEN_BUILD_APPS=OFF", *options),
+        **environment,
+    )
+    text = (tmp_path / "build_info" / "fastgen_build_info.h").read_text(encoding="utf-8")
+    match = re.fullmatch(r'#define FASTGEN_BUILD_INFO R"json\((.*)\)json"\n', text)
+    assert match is not None, text
+    document: dict[str, Any] = json.loads(match.group(1))
+    return document
+
+
+def test_build_info_tells_inputs_and_no_place(tmp_path: Path) -> None:
+    need("cmake", "ninja", "g++")
+    document = build_info(
+        *(tmp_path / "with a space", "-DCMAKE_BUILD_TYPE=MinSizeRel", "-DBUILD_SHARED_LIBS=OFF"),
+        "-DFASTGEN_WITHOUT_AVX512=ON",
+        f"-DCMAKE_CXX_FLAGS=-isystem {tmp_path} -fdebug-prefix-map={tmp_path}=. -DQUOTED='\"x\"'",
+        SOURCE_DATE_EPOCH="1700000000",
+        FASTGEN_COMMIT="0123abcd",
+    )
+    assert document["version"] == project_version()
+    assert document["commit"] == "0123abcd"
+    assert document["source_date_epoch"] == 1700000000
+    assert document["build_type"] == "MinSizeRel"
+    assert document["shared"] is False
+    assert document["cuda"] is None
+    assert "avx512" not in document["kernels"]
+    assert document["kernels"]["generic"] == ""
+    assert document["flags"].split()[:3] == ['-DQUOTED="x"', "-Os", "-DNDEBUG"]
+    assert "/" not in json.dumps(document)
+
+
+def test_build_info_refuses_what_it_cannot_tell(tmp_path: Path) -> None:
+    need("cmake", "ninja", "g++")
+    with pytest.raises(AssertionError, match="FASTGEN_COMMIT is 'main'"):
+        build_info(tmp_path / "a", FASTGEN_COMMIT="main")
+    with pytest.raises(AssertionError, match="SOURCE_DATE_EPOCH is 'today'"):
+        build_info(tmp_path / "b", SOURCE_DATE_EPOCH="today")
 
 
 def test_unknown_sanitizer_is_refused(tmp_path: Path) -> None:

@@ -285,6 +285,23 @@ def test_info(tmp_path: Path) -> None:
     assert "mmx" in wrong["error"]
 
 
+def test_info_build() -> None:
+    document = fastgen("info", "--build", "--json").document
+    assert set(document) == {
+        *("version", "commit", "source_date_epoch", "compiler", "cmake", "system"),
+        *("build_type", "flags", "shared", "kernels", "cuda"),
+    }
+    assert document["version"] == fastgen("info", "--json").document["fastgen"]
+    assert re.fullmatch(r"(GNU|Clang) [0-9.]+", document["compiler"])
+    assert "-ffp-contract=off" in document["flags"].split()
+    assert "/" not in json.dumps(document), "a path of the build"
+    isas = [isa["name"] for isa in fastgen("info", "--json").document["isas"]]
+    assert list(document["kernels"]) == isas
+    text = fastgen("info", "--build").stdout
+    assert f"compiler:            {document['compiler']}\n" in text
+    assert all(f"kernels {isa}:" in text for isa in isas)
+
+
 def test_version() -> None:
     assert (
         fastgen("--version").stdout == f"fastgen {fastgen('info', '--json').document['fastgen']}\n"

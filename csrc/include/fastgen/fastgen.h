@@ -99,6 +99,16 @@ typedef enum fastgen_status {
 FASTGEN_API const char* fastgen_version(void);
 
 /**
+ * What the library was built from: version, commit, compiler, flags and kernel sets. It tells nothing of
+ * where, when and by whom, so the same inputs give the same library.
+ * @return a JSON object with the members `version`, `commit`, `source_date_epoch`, `compiler`, `cmake`,
+ *         `system`, `build_type`, `flags`, `shared`, `kernels` and `cuda`; null for what was not told.
+ *         Static storage.
+ * @since 0.1
+ */
+FASTGEN_API const char* fastgen_build_info(void);
+
+/**
  * What the last failed call of this thread had to say.
  * @return one sentence; "" if no call of this thread has failed. Valid until the thread's next
  *         failing call or its end. Calls that succeed leave it.

@@ -100,6 +100,13 @@ struct Progress {
 inline std::string version() { return fastgen_version(); }
 
 /**
+ * What the library was built from; see ::fastgen_build_info.
+ * @return a JSON object
+ * @since 0.1
+ */
+inline std::string build_info() { return fastgen_build_info(); }
+
+/**
  * Shape of a network, with the members of ::fastgen_config.
  * @since 0.1
  */
