@@ -6,6 +6,8 @@
 #   ci/test.sh                all of it; the exit status is not 0 if anything failed
 #   ci/test.sh -k <expr> ...  arguments go to pytest
 #
+# Then the conda packages: a local channel, built, installed into an empty prefix and tried there.
+#
 # The CUDA device is compiled where there is nvcc, and tried on a GPU by ci/cuda.sh only.
 #
 # Needs Python 3.11 (with venv), git and g++. Logs are left in .venv/logs. HYPOTHESIS_PROFILE picks
@@ -82,6 +84,12 @@ export FASTGEN_TEST_CUDA_LIBRARY="$PWD/.venv/cuda/build/libfastgen_cuda.so"
 export OMP_NUM_THREADS=1
 pytest_arguments=("$@")
 
+# With an environment of its own, so without what is meant for pytest above.
+conda_packages() {
+  env -u PYTHONSAFEPATH -u FASTGEN_TEST_INSTALLED -u FASTGEN_TEST_CUDA_LIBRARY -u FASTGEN_CACHE \
+    -u HYPOTHESIS_PROFILE ci/conda/run.sh
+}
+
 older_tests() { run_pytest paddle26 tests "${pytest_arguments[@]}"; }
 newer_tests() { run_pytest paddle33 tests/parity tests/paddle "${pytest_arguments[@]}"; }
 
@@ -92,6 +100,7 @@ stage cpp both cpp_address cpp_others || true
 stage cuda ci/cuda_floor.sh || true
 rm -f "$logs"/pytest-*
 stage tests both older_tests newer_tests || true
+stage conda conda_packages || true
 
 echo
 echo "== time per stage (logs: $logs)"
