@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,11 +72,10 @@ class Plan:
     peer: bool
 
 
-def random_model(shape: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Configuration and float32 tensors of a GPT-2 of a published size with random weights, in
-    HuggingFace's form."""
+def gpt2_config(shape: str) -> dict[str, Any]:
+    """Configuration of a GPT-2 of a published size, in HuggingFace's form."""
     layers, hidden, heads = SHAPES[shape]
-    config = {
+    return {
         "model_type": "gpt2",
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -90,14 +89,14 @@ def random_model(shape: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, n
         "eos_token_id": 50256,
         "pad_token_id": 50256,
     }
-    rng = np.random.default_rng(seed)
 
-    def normal(*size: int) -> np.ndarray:
-        array = rng.standard_normal(size, dtype=np.float32)
-        array *= np.float32(0.02)
-        return array
 
-    tensors = {"wte.weight": normal(50257, hidden), "wpe.weight": normal(1024, hidden)}
+def layer_tensors(
+    shape: str, matrix: Callable[[int, int], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and float32 tensors of a GPT-2 of a published size, without its embeddings: what
+    `matrix` gives for rows and columns, biases of zeros, norms that change nothing."""
+    layers, hidden, _ = SHAPES[shape]
     norms = ["ln_f"]
     for i in range(layers):
         for name, rows, columns in (
@@ -106,12 +105,31 @@ def random_model(shape: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, n
             ("mlp.c_fc", hidden, 4 * hidden),
             ("mlp.c_proj", 4 * hidden, hidden),
         ):
-            tensors[f"h.{i}.{name}.weight"] = normal(rows, columns)
-            tensors[f"h.{i}.{name}.bias"] = np.zeros(columns, dtype=np.float32)
+            yield f"h.{i}.{name}.weight", matrix(rows, columns)
+            yield f"h.{i}.{name}.bias", np.zeros(columns, dtype=np.float32)
         norms += [f"h.{i}.ln_1", f"h.{i}.ln_2"]
     for name in norms:
-        tensors[f"{name}.weight"] = np.ones(hidden, dtype=np.float32)
-        tensors[f"{name}.bias"] = np.zeros(hidden, dtype=np.float32)
+        yield f"{name}.weight", np.ones(hidden, dtype=np.float32)
+        yield f"{name}.bias", np.zeros(hidden, dtype=np.float32)
+
+
+def random_model(shape: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Configuration and float32 tensors of a GPT-2 of a published size with random weights, in
+    HuggingFace's form."""
+    config = gpt2_config(shape)
+    rng = np.random.default_rng(seed)
+
+    def normal(rows: int, columns: int) -> np.ndarray:
+        array = rng.standard_normal((rows, columns), dtype=np.float32)
+        array *= np.float32(0.02)
+        return array
+
+    hidden = config["n_embd"]
+    tensors = {
+        "wte.weight": normal(config["vocab_size"], hidden),
+        "wpe.weight": normal(config["n_positions"], hidden),
+    }
+    tensors.update(layer_tensors(shape, normal))
     return config, tensors
 
 
