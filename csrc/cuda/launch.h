@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "cuda/arch.h"
@@ -99,6 +100,35 @@ inline cudaError_t MaxActiveClusters(const void* kernel, const LaunchShape& shap
   *clusters = 0;
   return cudaSuccess;
 #endif
+}
+
+// What a device answered for clusters of a kernel; in static storage, so zero at first.
+struct KnownClusters {
+  static constexpr int kDevices = 16;
+  static constexpr int kMaxBits = 3;
+  std::atomic<int32_t> one_more[kDevices][kMaxBits + 1];  // than the answer
+};
+
+// Clusters of 1 << bits blocks, one to a multiprocessor, that run at once; 0 where they cannot. Asked
+// once per device.
+inline int32_t ClustersAtOnce(const void* kernel, int32_t bits, int32_t threads,
+                              const DeviceLimits& limits, KnownClusters* known) {
+  if (bits == 0) return limits.multiprocessors;
+  std::atomic<int32_t>* const one_more =
+      limits.device < KnownClusters::kDevices ? &known->one_more[limits.device][bits] : nullptr;
+  if (one_more != nullptr && one_more->load() > 0) return one_more->load() - 1;
+  LaunchShape shape;
+  shape.cluster = 1 << bits;
+  shape.grid = dim3(static_cast<unsigned>(shape.cluster));
+  shape.threads = threads;
+  shape.shared_bytes = static_cast<size_t>(limits.shared_bytes);
+  int clusters = 0;
+  if (MaxActiveClusters(kernel, shape, &clusters) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // said by the answer
+    clusters = 0;
+  }
+  if (one_more != nullptr) one_more->store(clusters + 1);
+  return clusters;
 }
 
 template <typename Args>

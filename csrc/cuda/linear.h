@@ -11,6 +11,8 @@
 namespace fastgen {
 namespace cuda {
 
+constexpr int32_t Quotient(int32_t size, int32_t unit) { return (size + unit - 1) / unit; }
+
 // n / divisor as a product: right while n * divisor is below 2^32.
 struct Divisor {
   uint32_t value = 1;

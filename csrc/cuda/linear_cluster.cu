@@ -23,7 +23,6 @@
 #include "cuda/linear_cluster.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "cuda/linear_cluster_outputs.h"
 #include "cuda/linear_cluster_rows.h"
@@ -271,9 +270,6 @@ __global__ void __launch_bounds__(kMaxThreads, kRowTiles* W::kPieces == 1 ? 3 : 
 // Two kernels in sequence are on a multiprocessor together as long as neither takes more than this.
 constexpr int64_t kSharedBytes = 112 * 1024;
 
-int32_t RoundUp(int32_t size, int32_t unit) { return (size + unit - 1) / unit * unit; }
-int32_t Quotient(int32_t size, int32_t unit) { return (size + unit - 1) / unit; }
-
 // How the columns of a matrix are cut, by its shape alone. Few outputs are few tiles, so that more
 // blocks have to share them, and tiles have to be lower.
 struct Cut {
@@ -284,27 +280,6 @@ struct Cut {
 Cut CutOf(const Matrix& w) {
   constexpr int32_t kManyOutputs = 2048;
   return w.out >= kManyOutputs ? Cut{2, 0} : Cut{3, 1};
-}
-
-// Whether clusters of so many blocks can run. Asked once per device.
-bool ClustersRun(int32_t bits, const DeviceLimits& limits) {
-  constexpr int kDevices = 16;
-  static std::atomic<int32_t> known[kDevices][4];  // 1: no, 2: yes
-  const int device = limits.device;
-  if (device < kDevices && known[device][bits].load() > 0) return known[device][bits].load() == 2;
-  LaunchShape shape;
-  shape.cluster = 1 << bits;
-  shape.grid = dim3(static_cast<unsigned>(shape.cluster));
-  shape.threads = kMaxThreads;
-  shape.shared_bytes = static_cast<size_t>(limits.shared_bytes);
-  int clusters = 0;
-  const void* kernel = reinterpret_cast<const void*>(ClusterKernel<Half, 1>);
-  if (MaxActiveClusters(kernel, shape, &clusters) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // said by the answer
-    clusters = 0;
-  }
-  if (device < kDevices) known[device][bits].store(clusters > 0 ? 2 : 1);
-  return clusters > 0;
 }
 
 // Warps of a block with outputs of their own, half of the most that can be or more, so that all tiles
@@ -428,7 +403,11 @@ cudaError_t LinearCluster(const LinearTask& task, cudaStream_t stream, bool* tak
   status = GetDeviceLimits(&choice.limits);
   if (status != cudaSuccess) return status;
   const int32_t bits = CutOf(task.args.w).cluster_bits;
-  if (!ClustersRun(bits, choice.limits)) return cudaSuccess;
+  static KnownClusters known;
+  if (ClustersAtOnce(reinterpret_cast<const void*>(ClusterKernel<Half, 1>), bits, kMaxThreads,
+                     choice.limits, &known) == 0) {
+    return cudaSuccess;
+  }
   // Clusters that find no multiprocessors of their own share those of others.
   choice.clusters = std::max(1, choice.limits.multiprocessors >> bits);
   switch (task.args.w.dtype) {

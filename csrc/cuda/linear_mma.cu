@@ -11,7 +11,6 @@
 #include "cuda/linear_mma.h"
 
 #include <algorithm>
-#include <atomic>
 
 namespace fastgen {
 namespace cuda {
@@ -247,29 +246,11 @@ __global__ void __launch_bounds__(Shape<kRowTiles>::kThreads, Shape<kRowTiles>::
 constexpr int64_t kBlockXBytes = 32 * 1024;
 
 int32_t RoundUp(int32_t size, int32_t unit) { return (size + unit - 1) / unit * unit; }
-int32_t Quotient(int32_t size, int32_t unit) { return (size + unit - 1) / unit; }
 
-// Clusters of so many blocks, one to a multiprocessor, that run at once; 0 where they cannot. Asked
-// once per device.
 int32_t ClustersAtOnce(int32_t bits, const DeviceLimits& limits) {
-  if (bits == 0) return limits.multiprocessors;
-  constexpr int kDevices = 16;
-  static std::atomic<int32_t> known[kDevices][kMaxClusterBits + 1];  // one more than the answer
-  const int device = limits.device;
-  if (device < kDevices && known[device][bits].load() > 0) return known[device][bits].load() - 1;
-  LaunchShape shape;
-  shape.cluster = 1 << bits;
-  shape.grid = dim3(static_cast<unsigned>(shape.cluster));
-  shape.threads = Shape<1>::kThreads;
-  shape.shared_bytes = static_cast<size_t>(limits.shared_bytes);
-  int clusters = 0;
-  const void* kernel = reinterpret_cast<const void*>(MmaKernel<Half, 1>);
-  if (MaxActiveClusters(kernel, shape, &clusters) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // said by the answer
-    clusters = 0;
-  }
-  if (device < kDevices) known[device][bits].store(clusters + 1);
-  return clusters;
+  static KnownClusters known;
+  return cuda::ClustersAtOnce(reinterpret_cast<const void*>(MmaKernel<Half, 1>), bits,
+                              Shape<1>::kThreads, limits, &known);
 }
 
 // Fills the plan but for its task; returns the bytes of shared memory.
