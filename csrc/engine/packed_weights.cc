@@ -124,9 +124,9 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
       for (auto& floats : scratch) floats.resize(direct ? 0 : matrix.in * kPanel);
       pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t panel = begin; panel < end; ++panel) {
-          char* const to = const_cast<char*>(matrix.panels) + panel * matrix.panel_bytes;
+          char* const packed = const_cast<char*>(matrix.panels) + panel * matrix.panel_bytes;
           std::vector<float>& floats = scratch[thread];
-          float* const out = direct ? reinterpret_cast<float*>(to) : floats.data();
+          float* const out = direct ? reinterpret_cast<float*>(packed) : floats.data();
           const int64_t first = panel * kPanel;
           const int64_t last = std::min(first + kPanel, matrix.out);
           if (!direct && last - first < kPanel) std::fill(floats.begin(), floats.end(), 0.0f);
@@ -138,7 +138,7 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
             source.ReadColumns(i, parts[p].which, from - parts[p].begin, to - parts[p].begin,
                                out + (from - first), kPanel);
           }
-          if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, to);
+          if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, packed);
         }
       });
     };
