@@ -26,6 +26,7 @@ from pathlib import Path
 import rattler
 import rattler_build
 import wheels
+from leave import leave
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 HERE = Path(__file__).resolve().parent
@@ -189,6 +190,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    # py-rattler 0.28 now and then crashes when the interpreter ends.
-    os._exit(0)
+    leave(0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import rattler_build
 import variants
 import wheels
+from leave import leave
 
 HERE = Path(__file__).resolve().parent
 PADDLE_OUTPUTS = ("fastgen-paddle", "fastgen-tests")
@@ -114,8 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # py-rattler 0.28 now and then crashes when the interpreter ends.
-    os._exit(status)
+    leave(main())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import render
 import solve
 import variants
+from leave import leave
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # py-rattler 0.28 now and then crashes when the interpreter ends.
-    os._exit(status)
+    leave(main())

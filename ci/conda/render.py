@@ -14,7 +14,6 @@ Prints the packages, and what nobody has seen on a channel yet. The exit status 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import rattler
 import variants
 import yaml
+from leave import leave
 from variants import RecipeError, Row
 
 # CUDA, gcc, Paddle, Pythons.
@@ -219,8 +219,4 @@ def rattler_build_errors() -> type[Exception]:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # py-rattler 0.28 now and then crashes when the interpreter ends.
-    os._exit(status)
+    leave(main())

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import rattler
+from leave import leave
 from rattler.exceptions import SolverError
 
 
@@ -102,8 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # py-rattler 0.28 now and then crashes when the interpreter ends.
-    os._exit(status)
+    leave(main())
