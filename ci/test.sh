@@ -108,10 +108,11 @@ printf '%s\n' "${stages[@]}"
 sed 's/^/  /' "$logs"/pytest-*.time
 for name in "${failed[@]}"; do echo "FAILED: $name" ; done
 
-# pytest's own words, last.
+# pytest's own words, last: what failed by name, then how many.
 for name in paddle33 paddle26; do
   echo
   echo "== pytest in .venv/$name"
+  grep -E '^(FAILED|ERROR|E  ) ' "$logs/pytest-$name.log" | cut -c -300 | head -n 40 || true
   grep -E '^=+ .* in [0-9.]+s.* =+$' "$logs/pytest-$name.log" | tail -n 1 ||
     echo "pytest did not come to an end, see $logs/pytest-$name.log"
 done
