@@ -37,18 +37,32 @@ struct MatmulArgs {
   Epilogue epilogue;
 };
 
-// One head of one query row against a cache of blocks.
+// Rows of a sequence that attention takes at once.
+constexpr int64_t kAttentionRows = 6;
+// Positions that attention sums as one chain. A row's sums are one chain per span of them and then one
+// over the spans, so spans can be worked on by several threads, or by one: the bits are the same.
+constexpr int64_t kSpan = 256;
+// A row's share of a span, its part, is its weighted values and this many floats more: its largest
+// score, its sum and padding.
+constexpr int64_t kPartNotes = kRowAlign;
+
+// One head of a few query rows of a sequence, at consecutive positions, against a cache of blocks.
 //   keys   of a block: [head_size, kBlock] (transposed: a vector of positions per element)
 //   values of a block: [kBlock, value_stride] rows
 struct AttentionArgs {
-  const float* query;  // [head_size], already scaled
+  const float* query;  // [rows, head_size], row stride query_stride, already scaled
+  int64_t query_stride;
+  int64_t rows;  // 1 .. kAttentionRows
   int64_t head_size;
   int64_t value_stride;            // head_size rounded up to kRowAlign
-  const float* const* key_blocks;  // [ceil(length / kBlock)]
+  const float* const* key_blocks;  // [ceil((length + rows - 1) / kBlock)]
   const float* const* value_blocks;
-  int64_t length;  // positions attended: 0 .. length - 1
-  float* scores;   // scratch, [length rounded up to kBlock]
-  float* out;      // [head_size]
+  int64_t
+      length;  // positions that the first row attends, 0 .. length - 1; each further row one more
+  float* scores;  // scratch, [rows, kSpan]
+  float* parts;   // [ceil((length + rows - 1) / kSpan), rows, value_stride + kPartNotes]
+  float* out;     // [rows, head_size], row stride out_stride
+  int64_t out_stride;
 };
 
 struct Kernels {
@@ -60,7 +74,10 @@ struct Kernels {
   // y = (x - mean) / sqrt(var + eps) * weight + bias over n elements.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                      float* y);
-  void (*attention)(const AttentionArgs& args);
+  // Span `index` of the rows that reach into it: writes its parts, from its blocks only.
+  void (*attention_span)(const AttentionArgs& args, int64_t index);
+  // out, from the parts of all spans, which are used up.
+  void (*attention_finish)(const AttentionArgs& args);
 
   // probs[i] = exp(x[i] / temperature - max) / sum, float32 as the reference computes it.
   void (*softmax)(const float* x, int64_t n, float temperature, float* probs);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -63,7 +62,7 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
   for (Scratch& scratch : scratch_) {
     scratch.normed.resize(kNormByEveryThread * hidden_stride_);
     const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
-    scratch.scores.resize(blocks * kBlock);
+    scratch.scores.resize(cpu::kAttentionRows * cpu::kSpan);
     scratch.key_blocks.resize(blocks);
     scratch.value_blocks.resize(blocks);
     scratch.sampler = std::make_unique<Sampler>(kernels_);
@@ -206,70 +205,6 @@ void CpuDevice::Multiply(const Product& product, int64_t rows) {
   Multiply(product, rows, [](int64_t, int64_t) {});
 }
 
-// Takes columns of the fused product to where attention wants them: queries are scaled in place,
-// keys and values go to the cache.
-void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first,
-                           int64_t last) {
-  const int64_t h = config_.hidden_size;
-  const int64_t d = config_.head_size();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  for (int64_t begin = first; begin < last;) {
-    // A run of columns within one head of one role.
-    const int64_t end = std::min(last, begin / d * d + d);
-    const int64_t role = begin / h;
-    const int32_t head = static_cast<int32_t>(begin % h / d);
-    const int64_t element = begin % d;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      float* from = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + begin;
-      const int64_t count = end - begin;
-      if (role == 0) {
-        for (int64_t i = 0; i < count; ++i) from[i] *= scale;
-        continue;
-      }
-      const int32_t position = rows[r].position;
-      float* block = rows[r].slot->blocks[position / kBlock].floats();
-      const int64_t at = position % kBlock;
-      if (role == 1) {
-        float* keys = block + cache_.KeysAt(layer, head) + element * kBlock + at;
-        for (int64_t i = 0; i < count; ++i) keys[i * kBlock] = from[i];
-      } else {
-        float* values = block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
-        for (int64_t i = 0; i < count; ++i) values[i] = from[i];
-      }
-    }
-    begin = end;
-  }
-}
-
-void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
-  const auto count = static_cast<int64_t>(rows.size());
-  const int64_t d = config_.head_size();
-  // Heads outermost: neighbouring tasks read the same keys and values.
-  pool_.Run(count * config_.num_heads, 1, [&](int64_t begin, int64_t end, int thread) {
-    Scratch& scratch = scratch_[thread];
-    for (int64_t task = begin; task < end; ++task) {
-      const auto head = static_cast<int32_t>(task / count);
-      const int64_t r = task % count;
-      const Row& row = rows[r];
-      cpu::AttentionArgs args;
-      args.query = qkv_.floats() + r * qkv_stride_ + head * d;
-      args.head_size = d;
-      args.value_stride = cache_.value_stride();
-      args.length = row.position + 1;
-      for (int64_t b = 0; b * kBlock < args.length; ++b) {
-        const float* block = row.slot->blocks[b].floats();
-        scratch.key_blocks[b] = block + cache_.KeysAt(layer, head);
-        scratch.value_blocks[b] = block + cache_.ValuesAt(layer, head);
-      }
-      args.key_blocks = scratch.key_blocks.data();
-      args.value_blocks = scratch.value_blocks.data();
-      args.scores = scratch.scores.data();
-      args.out = attended_.floats() + r * hidden_stride_ + head * d;
-      kernels_.attention(args);
-    }
-  });
-}
-
 void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   const PackedLayer& layer = weights_.layers()[index];
@@ -293,6 +228,7 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
 void CpuDevice::Forward(const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   Grow(count);
+  PlanAttention(rows);
   pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
