@@ -14,11 +14,6 @@ constexpr int kScoreVecs = kWidth == 16 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
 template <int M>
 constexpr int kValueVecs = kWidth == 16 || M <= 2 ? 4 : 2;
 
-// Elements of the cache as floats.
-struct CacheFloat32 {
-  static T Load(const float* p) { return Vec::Load(p); }
-};
-
 // Rows [row, row + M) of a tile within a span, which all of them reach into.
 struct SpanArgs {
   const AttentionArgs* tile;
@@ -31,6 +26,11 @@ struct SpanArgs {
   int64_t CountOf(int64_t m) const { return Min(count + m, most); }
 };
 
+// Scales of the keys, then of the values, of the block that a position is in.
+inline const float* ScalesAt(const AttentionArgs& args, int64_t position) {
+  return reinterpret_cast<const float*>(args.blocks[position / kBlock] + args.head.scales_at);
+}
+
 // Scores of M rows at V vectors of positions, from `at` of the span on.
 template <class C, int M, int V>
 void ScoreTile(const SpanArgs& span, int64_t at) {
@@ -38,10 +38,11 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
   constexpr int kBlocks = V / kVecs;
   const AttentionArgs& args = *span.tile;
   const int64_t position = span.begin + at;
-  const float* keys[kBlocks];
+  const typename C::Element* keys[kBlocks];
 #pragma GCC unroll 16
   for (int n = 0; n < kBlocks; ++n) {
-    keys[n] = args.key_blocks[position / kBlock + n] + position % kBlock;
+    const char* const area = args.blocks[position / kBlock + n];
+    keys[n] = reinterpret_cast<const typename C::Element*>(area) + position % kBlock;
   }
   T acc[M][V];
 #pragma GCC unroll 16
@@ -51,7 +52,7 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
   }
   const int64_t stride = args.query_stride;
   const float* query = args.query + span.row * stride;
-  for (int64_t d = 0; d < args.head_size; ++d) {
+  for (int64_t d = 0; d < args.head.head_size; ++d) {
     T k[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -68,12 +69,23 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
   for (int m = 0; m < M; ++m) {
     float* scores = args.scores + (span.row + m) * kSpan + at;
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) Vec::Store(scores + v * kWidth, acc[m][v]);
+    for (int v = 0; v < V; ++v) {
+      T score = acc[m][v];
+      if constexpr (C::kScaled) {
+        const float* const scales = ScalesAt(args, position + v / kVecs * kBlock);
+        score = Vec::Mul(score, Vec::Load(scales + position % kBlock + v % kVecs * kWidth));
+      }
+      Vec::Store(scores + v * kWidth, score);
+    }
   }
 }
 
-// Takes `count` scores to e^(score - the largest); returns the largest, and their sum.
-inline float ExpScores(float* scores, int64_t count, float* sum) {
+// Takes row m's scores to e^(score - the largest), times the scale of the value; returns the largest, and
+// the sum without scales.
+template <class C>
+float ExpScores(const SpanArgs& span, int64_t m, float* sum) {
+  float* const scores = span.tile->scores + (span.row + m) * kSpan;
+  const int64_t count = span.CountOf(m);
   const int64_t padded = (count + kBlock - 1) / kBlock * kBlock;
   for (int64_t p = count; p < padded; ++p) scores[p] = kNegativeInfinity;
   T vectors = Vec::Set(kNegativeInfinity);
@@ -84,8 +96,13 @@ inline float ExpScores(float* scores, int64_t count, float* sum) {
   T total = Vec::Set(0.0f);
   for (int64_t p = 0; p < padded; p += kWidth) {
     const T e = Exp(Vec::Sub(Vec::Load(scores + p), shift));
-    Vec::Store(scores + p, e);
     total = Vec::Add(total, e);
+    if constexpr (C::kScaled) {
+      const float* const scales = ScalesAt(*span.tile, span.begin + p) + kBlock;
+      Vec::Store(scores + p, Vec::Mul(e, Vec::Load(scales + p % kBlock)));
+    } else {
+      Vec::Store(scores + p, e);
+    }
   }
   *sum = Vec::ReduceAdd(total);
   return largest;
@@ -95,7 +112,7 @@ inline float ExpScores(float* scores, int64_t count, float* sum) {
 template <class C, int M, int V>
 void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t column) {
   const AttentionArgs& args = *span.tile;
-  const int64_t stride = args.value_stride;
+  const int64_t stride = args.head.value_stride;
   const float* scores = args.scores + span.row * kSpan;
   T acc[M][V];
 #pragma GCC unroll 16
@@ -103,9 +120,13 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
-  const auto* const blocks = args.value_blocks + span.begin / kBlock;
+  const char* const* const blocks = args.blocks + span.begin / kBlock;
+  const auto values_of = [&](int64_t p) {
+    return reinterpret_cast<const typename C::Element*>(blocks[p / kBlock] + args.head.values_at) +
+           p % kBlock * stride + column;
+  };
   for (int64_t begin = 0; begin < span.count; begin += kBlock) {
-    const float* values = blocks[begin / kBlock] + column;
+    const auto* values = values_of(begin);
     const int64_t end = Min(begin + kBlock, span.count);
     for (int64_t p = begin; p < end; ++p, values += stride) {
       T x[V];
@@ -124,7 +145,7 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
   for (int m = 1; m < M; ++m) {
     const int64_t end = span.CountOf(m);
     for (int64_t p = span.count; p < end; ++p) {
-      const float* values = blocks[p / kBlock] + p % kBlock * stride + column;
+      const auto* values = values_of(p);
       const T s = Vec::Set(scores[m * kSpan + p]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(s, C::Load(values + v * kWidth), acc[m][v]);
@@ -149,29 +170,42 @@ void AttendSpan(const SpanArgs& span, float* part) {
   for (; at + kScores * kWidth <= most; at += kScores * kWidth) ScoreTile<C, M, kScores>(span, at);
   for (; at < most; at += kLeast * kWidth) ScoreTile<C, M, kLeast>(span, at);
 
-  const int64_t part_stride = args.value_stride + kPartNotes;
+  const int64_t part_stride = args.head.value_stride + kPartNotes;
   for (int64_t m = 0; m < M; ++m) {
-    float* const notes = part + m * part_stride + args.value_stride;
-    notes[kPartMax] =
-        ExpScores(args.scores + (span.row + m) * kSpan, span.CountOf(m), notes + kPartSum);
+    float* const notes = part + m * part_stride + args.head.value_stride;
+    notes[kPartMax] = ExpScores<C>(span, m, notes + kPartSum);
   }
 
   constexpr int kValues = kValueVecs<M>;
   int64_t column = 0;
-  for (; column + kValues * kWidth <= args.value_stride; column += kValues * kWidth) {
+  for (; column + kValues * kWidth <= args.head.value_stride; column += kValues * kWidth) {
     ValueTile<C, M, kValues>(span, part, part_stride, column);
   }
-  for (; column < args.value_stride; column += kWidth) {
+  for (; column < args.head.value_stride; column += kWidth) {
     ValueTile<C, M, 1>(span, part, part_stride, column);
   }
 }
 
+using SpanFn = void (*)(const SpanArgs&, float*);
+
+template <class C>
+struct Spans {
+  static constexpr SpanFn kOfRows[] = {AttendSpan<C, 1>, AttendSpan<C, 2>, AttendSpan<C, 3>,
+                                       AttendSpan<C, 4>, AttendSpan<C, 5>, AttendSpan<C, 6>};
+  static_assert(sizeof(kOfRows) / sizeof(kOfRows[0]) == kAttentionRows);
+};
+
+SpanFn SpanOf(CacheType type, int64_t rows) {
+  switch (type) {
+    case CacheType::kFloat32: break;
+    case CacheType::kFloat16: return Spans<CacheFloat16>::kOfRows[rows - 1];
+    case CacheType::kBFloat16: return Spans<CacheBFloat16>::kOfRows[rows - 1];
+    case CacheType::kInt8: return Spans<CacheInt8>::kOfRows[rows - 1];
+  }
+  return Spans<CacheFloat32>::kOfRows[rows - 1];
+}
+
 void AttentionSpan(const AttentionArgs& args, int64_t index) {
-  using Span = void (*)(const SpanArgs&, float*);
-  constexpr Span kSpans[] = {AttendSpan<CacheFloat32, 1>, AttendSpan<CacheFloat32, 2>,
-                             AttendSpan<CacheFloat32, 3>, AttendSpan<CacheFloat32, 4>,
-                             AttendSpan<CacheFloat32, 5>, AttendSpan<CacheFloat32, 6>};
-  static_assert(sizeof(kSpans) / sizeof(kSpans[0]) == kAttentionRows);
   SpanArgs span;
   span.tile = &args;
   span.begin = index * kSpan;
@@ -180,12 +214,12 @@ void AttentionSpan(const AttentionArgs& args, int64_t index) {
   span.count = Min(args.length + span.row - span.begin, kSpan);
   span.most = kSpan;
   float* const part =
-      args.parts + (index * args.rows + span.row) * (args.value_stride + kPartNotes);
-  kSpans[args.rows - span.row - 1](span, part);
+      args.parts + (index * args.rows + span.row) * (args.head.value_stride + kPartNotes);
+  SpanOf(args.head.type, args.rows - span.row)(span, part);
 }
 
 void AttentionFinish(const AttentionArgs& args) {
-  const int64_t part_floats = args.value_stride + kPartNotes;
+  const int64_t part_floats = args.head.value_stride + kPartNotes;
   for (int64_t m = 0; m < args.rows; ++m) {
     const int64_t spans = (args.length + m + kSpan - 1) / kSpan;
     float* const first = args.parts + m * part_floats;
@@ -193,24 +227,24 @@ void AttentionFinish(const AttentionArgs& args) {
         args.rows * part_floats;  // from a span's part of the row to the next one's
     float largest = kNegativeInfinity;
     for (int64_t s = 0; s < spans; ++s) {
-      const float other = first[s * next + args.value_stride + kPartMax];
+      const float other = first[s * next + args.head.value_stride + kPartMax];
       if (other > largest) largest = other;
     }
     T sum = Vec::Set(0.0f);
     for (int64_t s = 0; s < spans; ++s) {
       const float* const part = first + s * next;
-      const float* const notes = part + args.value_stride;
+      const float* const notes = part + args.head.value_stride;
       const T weight = Exp(Vec::Set(notes[kPartMax] - largest));
       sum = Vec::Fma(weight, Vec::Set(notes[kPartSum]), sum);
-      for (int64_t i = 0; i < args.value_stride; i += kWidth) {
+      for (int64_t i = 0; i < args.head.value_stride; i += kWidth) {
         const T before = s == 0 ? Vec::Set(0.0f) : Vec::Load(first + i);
         Vec::Store(first + i, Vec::Fma(weight, Vec::Load(part + i), before));
       }
     }
     float* const out = args.out + m * args.out_stride;
-    for (int64_t i = 0; i < args.head_size; i += kWidth) {
+    for (int64_t i = 0; i < args.head.head_size; i += kWidth) {
       const T r = Vec::Div(Vec::Load(first + i), sum);
-      const int64_t left = args.head_size - i;
+      const int64_t left = args.head.head_size - i;
       if (left >= kWidth) {
         Vec::Store(out + i, r);
       } else {

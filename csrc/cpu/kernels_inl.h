@@ -82,6 +82,8 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
   }
 }
 
+#include "cpu/cache_inl.h"
+
 #include "cpu/attention_inl.h"
 
 // ---- over the vocabulary -------------------------------------------------------------------
@@ -184,6 +186,7 @@ const Kernels kKernels = {
     cpuid::FASTGEN_KERNELS_ISA,
     Matmul,
     LayerNorm,
+    WriteCache,
     AttentionSpan,
     AttentionFinish,
     Softmax,

@@ -15,8 +15,12 @@ constexpr int64_t kTasksPerThread = 3;
 
 }  // namespace
 
-// Takes columns of the fused product to where attention wants them: queries are scaled in place,
-// keys and values go to the cache.
+void CpuDevice::ExpectCache() {
+  for (Pending& head : pending_columns_) {
+    head.count.store(2 * config_.head_size(), std::memory_order_relaxed);
+  }
+}
+
 void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first,
                            int64_t last) {
   const int64_t h = config_.hidden_size;
@@ -25,25 +29,21 @@ void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t 
   for (int64_t begin = first; begin < last;) {
     // A run of columns within one head of one role.
     const int64_t end = std::min(last, begin / d * d + d);
-    const int64_t role = begin / h;
-    const int32_t head = static_cast<int32_t>(begin % h / d);
-    const int64_t element = begin % d;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      float* from = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + begin;
-      const int64_t count = end - begin;
-      if (role == 0) {
-        for (int64_t i = 0; i < count; ++i) from[i] *= scale;
-        continue;
+    const auto head = static_cast<int32_t>(begin % h / d);
+    if (begin < h) {
+      for (size_t r = 0; r < rows.size(); ++r) {
+        float* const query = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_;
+        for (int64_t i = begin; i < end; ++i) query[i] *= scale;
       }
-      const int32_t position = rows[r].position;
-      float* block = rows[r].slot->blocks[position / kBlock].floats();
-      const int64_t at = position % kBlock;
-      if (role == 1) {
-        float* keys = block + cache_.KeysAt(layer, head) + element * kBlock + at;
-        for (int64_t i = 0; i < count; ++i) keys[i * kBlock] = from[i];
-      } else {
-        float* values = block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
-        for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+    } else if (pending_columns_[head].count.fetch_sub(end - begin, std::memory_order_acq_rel) ==
+               end - begin) {
+      for (size_t r = 0; r < rows.size(); ++r) {
+        const float* const key =
+            qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + h + head * d;
+        const int32_t position = rows[r].position;
+        char* const block = rows[r].slot->blocks[position / kBlock].data();
+        kernels_.write_cache(cache_.head(), key, key + h, block + cache_.HeadAt(layer, head),
+                             position % kBlock);
       }
     }
     begin = end;
@@ -79,14 +79,14 @@ void CpuDevice::PlanAttention(const std::vector<Row>& rows) {
     begin = end;
   }
   const auto tiles = static_cast<int64_t>(tiles_.size());
-  const int64_t part_floats = cache_.value_stride() + cpu::kPartNotes;
+  const int64_t part_floats = cache_.head().value_stride + cpu::kPartNotes;
   if (spans > tiles && tiles * config_.num_heads < kTasksPerThread * pool_.threads()) {
     for (int64_t t = 0; t < tiles; ++t) {
       tile_of_span_.resize(tile_of_span_.size() + tiles_[t].spans, static_cast<int32_t>(t));
     }
     parts_.resize(config_.num_heads * parts * part_floats);
     const auto pending = static_cast<size_t>(config_.num_heads * tiles);
-    if (pending > pending_.size()) pending_ = std::vector<Pending>(pending);
+    if (pending > pending_spans_.size()) pending_spans_ = std::vector<Pending>(pending);
     return;
   }
   const auto floats = static_cast<size_t>(most_parts * part_floats);
@@ -113,7 +113,7 @@ void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
   const auto spans = static_cast<int64_t>(tile_of_span_.size());
   const int64_t parts_of_head = static_cast<int64_t>(parts_.size()) / config_.num_heads;
   for (int64_t i = 0; i < config_.num_heads * tiles; ++i) {
-    pending_[i].spans.store(tiles_[i % tiles].spans, std::memory_order_relaxed);
+    pending_spans_[i].count.store(tiles_[i % tiles].spans, std::memory_order_relaxed);
   }
   pool_.Run(spans * config_.num_heads, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t task = begin; task < end; ++task) {
@@ -122,10 +122,10 @@ void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
       const Tile& tile = tiles_[t];
       const int64_t span = task % spans - tile.first_span;
       float* const parts = parts_.data() + head * parts_of_head +
-                           tile.first_part * (cache_.value_stride() + cpu::kPartNotes);
+                           tile.first_part * (cache_.head().value_stride + cpu::kPartNotes);
       AttendSpans(layer, rows, head, tile, span, span + 1, parts, thread);
       // Who does the last of them joins them, in their own order.
-      if (pending_[head * tiles + t].spans.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      if (pending_spans_[head * tiles + t].count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         FinishAttention(head, tile, parts);
       }
     }
@@ -139,19 +139,15 @@ void CpuDevice::AttendSpans(int32_t layer, const std::vector<Row>& rows, int32_t
   const int64_t blocks = (tile.length + tile.count - 1 + kBlock - 1) / kBlock;
   const int64_t end = std::min(last * cpu::kSpan / kBlock, blocks);
   for (int64_t b = first * cpu::kSpan / kBlock; b < end; ++b) {
-    const float* block = rows[tile.row].slot->blocks[b].floats();
-    scratch.key_blocks[b] = block + cache_.KeysAt(layer, head);
-    scratch.value_blocks[b] = block + cache_.ValuesAt(layer, head);
+    scratch.blocks[b] = rows[tile.row].slot->blocks[b].data() + cache_.HeadAt(layer, head);
   }
   const int64_t d = config_.head_size();
   cpu::AttentionArgs args{};
   args.query = qkv_.floats() + tile.row * qkv_stride_ + head * d;
   args.query_stride = qkv_stride_;
   args.rows = tile.count;
-  args.head_size = d;
-  args.value_stride = cache_.value_stride();
-  args.key_blocks = scratch.key_blocks.data();
-  args.value_blocks = scratch.value_blocks.data();
+  args.head = cache_.head();
+  args.blocks = scratch.blocks.data();
   args.length = tile.length;
   args.scores = scratch.scores.data();
   args.parts = parts;
@@ -161,11 +157,10 @@ void CpuDevice::AttendSpans(int32_t layer, const std::vector<Row>& rows, int32_t
 void CpuDevice::FinishAttention(int32_t head, const Tile& tile, float* parts) const {
   cpu::AttentionArgs args{};
   args.rows = tile.count;
-  args.head_size = config_.head_size();
-  args.value_stride = cache_.value_stride();
+  args.head = cache_.head();
   args.length = tile.length;
   args.parts = parts;
-  args.out = attended_.floats() + tile.row * hidden_stride_ + head * args.head_size;
+  args.out = attended_.floats() + tile.row * hidden_stride_ + head * args.head.head_size;
   args.out_stride = hidden_stride_;
   kernels_.attention_finish(args);
 }

@@ -46,30 +46,39 @@ cpu::WeightType WeightTypeOf(const std::string& name) {
                                              "bfloat16, int8, int4");
 }
 
+cpu::CacheType CacheTypeOf(const std::string& name) {
+  cpu::CacheType type = cpu::CacheType::kFloat32;
+  if (name.empty() || cpu::ParseCacheType(name.c_str(), &type)) return type;
+  throw base::Error(FASTGEN_UNSUPPORTED, "cache_dtype=" + name +
+                                             " is not one that device=cpu has: float32, float16, "
+                                             "bfloat16, int8");
+}
+
 }  // namespace
 
 CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
       pool_(ResolveThreads(options.num_threads)),
+      cache_(config, CacheTypeOf(options.cache_dtype)),
       weights_(config, weights, WeightTypeOf(options.weight_dtype), pool_, options.progress),
-      cache_(config),
       hidden_stride_(RowStride(config.hidden_size)),
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
       wide_stride_(RowStride(config.intermediate_size)),
       logits_stride_(RowStride(config.vocab_size)),
+      pending_columns_(config.num_heads),
       scratch_(pool_.threads()) {
   for (Scratch& scratch : scratch_) {
     scratch.normed.resize(kNormByEveryThread * hidden_stride_);
     const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
     scratch.scores.resize(cpu::kAttentionRows * cpu::kSpan);
-    scratch.key_blocks.resize(blocks);
-    scratch.value_blocks.resize(blocks);
+    scratch.blocks.resize(blocks);
     scratch.sampler = std::make_unique<Sampler>(kernels_);
   }
   info_.device = "cpu";
   info_.isa = kernels_.name;
   info_.weight_dtype = options.weight_dtype;
+  info_.cache_dtype = cpu::CacheTypeName(cache_.head().type);
   info_.num_threads = pool_.threads();
   info_.weight_bytes = weights_.bytes();
   info_.step_bytes = weights_.step_bytes();
@@ -210,6 +219,7 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   const PackedLayer& layer = weights_.layers()[index];
   float* hidden = hidden_.floats();
   using cpu::Epilogue;
+  ExpectCache();
   Multiply({layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_, Epilogue::kStore,
             layer.norm1_weight, layer.norm1_bias},
            count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });

@@ -62,6 +62,11 @@ class CpuDevice : public Device {
   template <typename Done>
   void Multiply(const Product& product, int64_t rows, const Done& done);
   void Multiply(const Product& product, int64_t rows);
+  // Before the product whose columns WriteCache() is told of.
+  void ExpectCache();
+  // Takes columns of the fused product to where attention wants them: queries are scaled in place; a
+  // head's keys and values go to the cache once all of them are there, because some types of it have a
+  // scale for the whole.
   void WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last);
   // Shares attention of these rows out: into tiles, and into spans where tiles are too few.
   void PlanAttention(const std::vector<Row>& rows);
@@ -79,8 +84,8 @@ class CpuDevice : public Device {
   const ModelConfig config_;
   const cpu::Kernels& kernels_;
   cpu::ThreadPool pool_;
-  const PackedWeights weights_;
   BlockPool cache_;
+  const PackedWeights weights_;
   DeviceInfo info_;
   std::vector<Slot> slots_;
 
@@ -94,15 +99,16 @@ class CpuDevice : public Device {
   std::vector<int32_t> tile_of_span_;  // empty: a tile is one thread's with all its spans
   std::vector<float> parts_;           // [heads, parts] of the tiles that several threads work on
   struct Pending {
-    std::atomic<int64_t> spans{0};
+    std::atomic<int64_t> count{0};
   };
-  std::vector<Pending> pending_;  // [heads, tiles] spans that are still to be done
+  std::vector<Pending> pending_spans_;    // [heads, tiles] that are still to be done
+  std::vector<Pending> pending_columns_;  // [heads] of keys and values
 
   struct Scratch {
     std::vector<float> normed;  // [rows, hidden_stride]
     uint64_t normed_of = 0;     // the product that `normed` belongs to
     std::vector<float> scores, parts;
-    std::vector<const float*> key_blocks, value_blocks;
+    std::vector<const char*> blocks;
     std::unique_ptr<Sampler> sampler;
   };
   std::vector<Scratch> scratch_;
