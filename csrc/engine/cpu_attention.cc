@@ -41,7 +41,7 @@ void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t 
         const float* const key =
             qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + h + head * d;
         const int32_t position = rows[r].position;
-        char* const block = rows[r].slot->blocks[position / kBlock].data();
+        char* const block = rows[r].slot->blocks[position / kBlock]->data();
         kernels_.write_cache(cache_.head(), key, key + h, block + cache_.HeadAt(layer, head),
                              position % kBlock);
       }
@@ -139,7 +139,7 @@ void CpuDevice::AttendSpans(int32_t layer, const std::vector<Row>& rows, int32_t
   const int64_t blocks = (tile.length + tile.count - 1 + kBlock - 1) / kBlock;
   const int64_t end = std::min(last * cpu::kSpan / kBlock, blocks);
   for (int64_t b = first * cpu::kSpan / kBlock; b < end; ++b) {
-    scratch.blocks[b] = rows[tile.row].slot->blocks[b].data() + cache_.HeadAt(layer, head);
+    scratch.blocks[b] = rows[tile.row].slot->blocks[b]->data() + cache_.HeadAt(layer, head);
   }
   const int64_t d = config_.head_size();
   cpu::AttentionArgs args{};

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 
@@ -82,6 +83,7 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
   info_.num_threads = pool_.threads();
   info_.weight_bytes = weights_.bytes();
   info_.step_bytes = weights_.step_bytes();
+  info_.least_shared = kBlock;
   info_.cache_bytes_per_token = static_cast<uint64_t>(cache_.block_bytes() / kBlock);
 }
 
@@ -105,7 +107,18 @@ int32_t CpuDevice::Open(const SequenceSpec& spec) {
   const int64_t positions = static_cast<int64_t>(spec.prompt_length) + spec.sampling.max_length - 1;
   slot.tokens.reserve(positions + 1);
   slot.tokens.assign(spec.prompt, spec.prompt + spec.prompt_length);
-  cache_.Take((positions + kBlock - 1) / kBlock, &slot.blocks);
+  if (spec.like >= 0) {
+    // What is about to be copied is already there, or will be when it is.
+    const std::vector<Block>& theirs = At(spec.like).blocks;
+    slot.blocks.assign(theirs.begin(), theirs.begin() + spec.alike / kBlock);
+  }
+  try {
+    cache_.Take((positions + kBlock - 1) / kBlock - static_cast<int64_t>(slot.blocks.size()),
+                &slot.blocks);
+  } catch (...) {
+    cache_.GiveBack(&slot.blocks);
+    throw;
+  }
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
   slot.sampling = spec.sampling;
@@ -125,11 +138,23 @@ void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
   std::lock_guard<std::mutex> lock(pool_.mutex());
   const Slot& source = At(from);
   Slot& target = At(to);
+  // Whole blocks are shared: both go on behind them. Of the next one each has its own.
+  const int64_t whole = count / kBlock;
   const int64_t blocks = (static_cast<int64_t>(count) + kBlock - 1) / kBlock;
-  const size_t bytes = static_cast<size_t>(cache_.block_bytes());
-  for (int64_t b = 0; b < blocks; ++b) {
-    std::memcpy(target.blocks[b].data(), source.blocks[b].data(), bytes);
+  std::vector<Block> own, replaced;
+  replaced.reserve(blocks);
+  if (whole < blocks && target.blocks[whole].use_count() > 1) cache_.Take(1, &own);
+  for (int64_t b = 0; b < whole; ++b) {
+    if (target.blocks[b] == source.blocks[b]) continue;
+    replaced.push_back(std::exchange(target.blocks[b], source.blocks[b]));
   }
+  if (!own.empty()) replaced.push_back(std::exchange(target.blocks[whole], own[0]));
+  own.clear();
+  if (whole < blocks) {
+    std::memcpy(target.blocks[whole]->data(), source.blocks[whole]->data(),
+                static_cast<size_t>(cache_.block_bytes()));
+  }
+  cache_.GiveBack(&replaced);
   target.fed = count;
 }
 
@@ -245,6 +270,7 @@ void CpuDevice::Forward(const std::vector<Row>& rows) {
     }
   });
   for (int32_t i = 0; i < config_.num_layers; ++i) RunLayer(i, rows);
+  rows_done_ += rows.size();
 }
 
 void CpuDevice::ComputeLogits(int64_t first_row, int64_t count) {

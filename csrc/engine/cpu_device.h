@@ -27,6 +27,10 @@ class CpuDevice : public Device {
                  float* logits) override;
   double MeasureReadBandwidth(uint64_t bytes, int32_t passes) override;
 
+  // For tests: tokens that have gone through the layers so far, and the cache of the open slots.
+  uint64_t rows_done() const { return rows_done_; }
+  int64_t cache_bytes_in_use() const { return cache_.bytes_in_use(); }
+
  private:
   struct Slot {
     bool open = false;
@@ -35,7 +39,7 @@ class CpuDevice : public Device {
     std::vector<int32_t> tokens;  // prompt, then what was sampled
     int32_t prompt_length = 0;
     int32_t fed = 0;  // positions in the cache
-    std::vector<cpu::Pages> blocks;
+    std::vector<Block> blocks;
   };
   // One token on its way through the network.
   struct Row {
@@ -86,6 +90,7 @@ class CpuDevice : public Device {
   cpu::ThreadPool pool_;
   BlockPool cache_;
   const PackedWeights weights_;
+  uint64_t rows_done_ = 0;
   DeviceInfo info_;
   std::vector<Slot> slots_;
 

@@ -37,6 +37,10 @@ struct SequenceSpec {
   int32_t prompt_length = 0;
   SamplingParams sampling;   // limits included: the device stops a sequence by itself
   bool keep_logits = false;  // report raw logits with every token
+  // An open slot whose prompt begins with the same `alike` tokens, or -1: the caller will copy them with
+  // CopyPrefix(), unless that slot is closed before. The device may share memory of them beforehand.
+  int32_t like = -1;
+  int32_t alike = 0;
 };
 
 // Part of a prompt to be written into the cache: tokens [begin, begin + count) of `slot`.
@@ -68,6 +72,9 @@ struct DeviceInfo {
   // be left to feed at little cost.
   int32_t prefill_tokens = 512;
   int32_t tail_tokens = 64;
+  // From how many tokens on CopyPrefix() between different prompts gives the bits that feeding them would
+  // and is worth waiting for; 0: only between equal ones.
+  int32_t least_shared = 0;
 };
 
 // Thread-safe: sessions on different threads share one device, a call at a time.
@@ -86,7 +93,8 @@ class Device {
   // Writes prompt tokens into the cache. Chunks of a slot come in order and without gaps; there is
   // at least one chunk, of at least one token.
   virtual void Prefill(const PrefillChunk* chunks, size_t count) = 0;
-  // Makes positions [0, count) of `to` equal to those of `from`, whose prompt begins alike.
+  // Makes positions [0, count) of `to` equal to those of `from`, whose prompt begins alike and is in the
+  // cache so far. `to` has fewer of its own, and goes on from there.
   virtual void CopyPrefix(int32_t from, int32_t to, int32_t count) = 0;
 
   // Feeds every slot its newest token (at first what Prefill left out: the prompt's last token, and

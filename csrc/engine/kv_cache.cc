@@ -15,20 +15,21 @@ BlockPool::BlockPool(const ModelConfig& config, cpu::CacheType type)
       num_heads_(config.num_heads),
       block_bytes_(head_.bytes * config.num_heads * config.num_layers) {}
 
-void BlockPool::Take(int64_t count, std::vector<cpu::Pages>* blocks) {
-  std::vector<cpu::Pages> taken;
+void BlockPool::Take(int64_t count, std::vector<Block>* blocks) {
+  std::vector<Block> taken;
   taken.reserve(count);
   blocks->reserve(blocks->size() + count);
   try {
     while (static_cast<int64_t>(taken.size()) < count) {
       if (free_.empty()) {
-        taken.emplace_back(block_bytes(), "a block of the KV cache");
+        taken.push_back(std::make_shared<cpu::Pages>(block_bytes(), "a block of the KV cache"));
       } else {
         taken.push_back(std::move(free_.back()));
         free_.pop_back();
       }
+      ++in_use_;
     }
-  } catch (const base::Error&) {
+  } catch (...) {
     const auto had = static_cast<int64_t>(taken.size());
     GiveBack(&taken);
     throw base::Error(FASTGEN_OUT_OF_MEMORY,
@@ -37,12 +38,14 @@ void BlockPool::Take(int64_t count, std::vector<cpu::Pages>* blocks) {
                           std::to_string((count - had) * block_bytes()) +
                           " are missing; ask for a smaller max_length or fewer sequences at once");
   }
-  for (cpu::Pages& block : taken) blocks->push_back(std::move(block));
+  for (Block& block : taken) blocks->push_back(std::move(block));
 }
 
-void BlockPool::GiveBack(std::vector<cpu::Pages>* blocks) {
+void BlockPool::GiveBack(std::vector<Block>* blocks) {
   const int64_t most = kKeptBytes / block_bytes();
-  for (cpu::Pages& block : *blocks) {
+  for (Block& block : *blocks) {
+    if (block.use_count() > 1) continue;
+    --in_use_;
     if (static_cast<int64_t>(free_.size()) < most) free_.push_back(std::move(block));
   }
   blocks->clear();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/cache_layout.h"
@@ -9,6 +10,10 @@
 #include "engine/config.h"
 
 namespace fastgen::engine {
+
+// Positions that sequences have alike may lie in one block that all of them hold: whoever holds it with
+// others may read it, and write to it only what is there or will be for all of them.
+using Block = std::shared_ptr<cpu::Pages>;
 
 // Blocks come from a free list, so that a long-running process neither grows nor fragments: memory
 // is what its busiest moment needed, at most kKeptBytes of it while idle.
@@ -18,10 +23,13 @@ class BlockPool {
 
   // Appends `count` blocks to `blocks`. Throws base::Error(FASTGEN_OUT_OF_MEMORY) saying how much
   // was asked for, with nothing taken.
-  void Take(int64_t count, std::vector<cpu::Pages>* blocks);
-  void GiveBack(std::vector<cpu::Pages>* blocks);
+  void Take(int64_t count, std::vector<Block>* blocks);
+  // A block is free once nobody else holds it.
+  void GiveBack(std::vector<Block>* blocks);
 
   int64_t block_bytes() const { return block_bytes_; }
+  // Of blocks that somebody holds, each counted once.
+  int64_t bytes_in_use() const { return in_use_ * block_bytes_; }
   const cpu::HeadLayout& head() const { return head_; }
 
   // Where in a block a head's area begins, in bytes.
@@ -33,7 +41,8 @@ class BlockPool {
   const cpu::HeadLayout head_;
   const int64_t num_heads_;
   const int64_t block_bytes_;
-  std::vector<cpu::Pages> free_;
+  int64_t in_use_ = 0;
+  std::vector<Block> free_;
 };
 
 }  // namespace fastgen::engine

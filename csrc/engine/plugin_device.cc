@@ -192,6 +192,8 @@ class PluginDevice : public Device {
     info_.cache_bytes_per_token = info.cache_bytes_per_token;
     info_.prefill_tokens = info.prefill_tokens;
     info_.tail_tokens = 1;
+    // Short and long prompts are multiplied in different ways, so what they have alike has other bits.
+    info_.least_shared = 0;
   }
   ~PluginDevice() override { plugin_.destroy(device_); }
   PluginDevice(const PluginDevice&) = delete;

@@ -42,13 +42,12 @@ Session::~Session() {
 }
 
 // What is not in the cache of the prompt can be fed by the first decode step: its last token, or, where
-// that costs the device little, a few when no other sequence waits for the same prompt to be copied:
-// a short prompt then has its first token after one pass over the weights instead of two.
+// that costs the device little, a few when no other sequence waits for them: a short prompt then has its
+// first token after one pass over the weights instead of two.
 bool Session::IsReady(const Sequence& sequence) const {
-  const size_t left = sequence.prompt->size() - static_cast<size_t>(sequence.prefilled);
-  const long owners = sequence.prompt == last_prompt_ ? 2 : 1;
-  return left == 1 || (left <= static_cast<size_t>(model_->device().info().tail_tokens) &&
-                       sequence.prompt.use_count() <= owners);
+  if (sequence.leader) return false;
+  const int32_t left = static_cast<int32_t>(sequence.prompt->size()) - sequence.prefilled;
+  return left == 1 || (left <= model_->device().info().tail_tokens && sequence.followers == 0);
 }
 
 Sequence& Session::Find(uint64_t id) const {
@@ -142,9 +141,15 @@ void Session::Admit() {
       spec.prompt_length = static_cast<int32_t>(sequence->prompt->size());
       spec.sampling = sequence->sampling;
       spec.keep_logits = sequence->keep_logits;
+      FindLeader(sequence, open_.size());
+      if (sequence->leader) {
+        spec.like = sequence->leader->slot;
+        spec.alike = sequence->shared;
+      }
       sequence->slot = model_->device().Open(spec);
     } catch (...) {
       if (!open_.empty() && IsOutOfMemory(std::current_exception())) {
+        LeaveLeader(sequence);
         no_memory_ = true;
         return;
       }
@@ -158,26 +163,55 @@ void Session::Admit() {
   }
 }
 
-bool Session::CopyPrompt(Sequence* sequence) {
-  if (IsReady(*sequence)) return true;
-  for (const Sequence* other : open_) {
-    if (other->prompt != sequence->prompt || !IsReady(*other)) continue;
-    try {
-      model_->device().CopyPrefix(other->slot, sequence->slot, other->prefilled);
-    } catch (...) {
-      Fail({sequence});
-      throw;
+void Session::FindLeader(Sequence* sequence, size_t before) {
+  const std::vector<int32_t>& prompt = *sequence->prompt;
+  for (size_t i = 0; i < open_.size(); ++i) {
+    Sequence* const other = open_[i];
+    if (other == sequence) continue;
+    const std::vector<int32_t>& theirs = *other->prompt;
+    // The last token of a prompt is fed by the step that samples.
+    const size_t most = std::min(prompt.size(), theirs.size()) - 1;
+    const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(most);
+    const auto alike =
+        sequence->prompt == other->prompt
+            ? static_cast<int32_t>(most)
+            : static_cast<int32_t>(std::mismatch(prompt.begin(), end, theirs.begin()).first -
+                                   prompt.begin());
+    const bool equal = alike + 1 == static_cast<int32_t>(prompt.size()) &&
+                       prompt.size() == theirs.size() && prompt.back() == theirs.back();
+    const int32_t least = model_->device().info().least_shared;
+    if (alike <= sequence->prefilled) continue;
+    if (!equal && (least == 0 || alike < least)) continue;
+    const bool is_there = other->prefilled >= alike;
+    if (i >= before && !is_there) continue;
+    const Sequence* const best = sequence->leader;
+    if (best && (alike < sequence->shared ||
+                 (alike == sequence->shared && (!is_there || best->prefilled >= alike)))) {
+      continue;
     }
-    sequence->prefilled = other->prefilled;
-    return true;
+    LeaveLeader(sequence);
+    sequence->leader = other;
+    sequence->shared = alike;
+    ++other->followers;
   }
-  return false;
 }
 
-// Somebody admitted before has the same prompt and is about to be fed it.
-bool Session::Follows(size_t index) const {
-  return std::any_of(open_.begin(), open_.begin() + static_cast<std::ptrdiff_t>(index),
-                     [&](const Sequence* s) { return s->prompt == open_[index]->prompt; });
+void Session::LeaveLeader(Sequence* sequence) {
+  if (sequence->leader) --sequence->leader->followers;
+  sequence->leader = nullptr;
+}
+
+void Session::CopyPrompt(Sequence* sequence) {
+  const Sequence* const leader = sequence->leader;
+  if (!leader || leader->prefilled < sequence->shared) return;
+  try {
+    model_->device().CopyPrefix(leader->slot, sequence->slot, sequence->shared);
+  } catch (...) {
+    Fail({sequence});
+    throw;
+  }
+  sequence->prefilled = sequence->shared;
+  LeaveLeader(sequence);
 }
 
 void Session::Prefill() {
@@ -186,7 +220,7 @@ void Session::Prefill() {
   int32_t left = model_->device().info().prefill_tokens;
   for (size_t i = 0; i < open_.size() && left > 0; ++i) {
     Sequence* const sequence = open_[i];
-    if (IsReady(*sequence) || Follows(i)) continue;
+    if (sequence->leader || IsReady(*sequence)) continue;
     PrefillChunk chunk;
     chunk.slot = sequence->slot;
     chunk.begin = sequence->prefilled;
@@ -197,7 +231,7 @@ void Session::Prefill() {
     left -= chunk.count;
   }
   try {
-    // None are left when a failure cut the copying below short: then only that is to be done.
+    // None are left when all wait for what is there: then only the copying below is to be done.
     if (!chunks.empty()) model_->device().Prefill(chunks.data(), chunks.size());
   } catch (...) {
     Fail(fed);
@@ -301,6 +335,7 @@ void Session::Append(Sequence* sequence, const DecodeResult& result, const float
 
 void Session::Finish(Sequence* sequence, fastgen_finish_reason reason) {
   sequence->finish_reason = reason;
+  LeaveLeader(sequence);
   sequence->prompt.reset();
   if (sequence->slot < 0) return;
   no_memory_ = false;
@@ -313,9 +348,20 @@ void Session::Fail(const Sequences& sequences) {
 }
 
 void Session::DropFinished() {
+  constexpr int32_t kOrphan = -1;
+  for (Sequence* sequence : open_) {
+    if (!sequence->leader || sequence->leader->finish_reason == FASTGEN_RUNNING) continue;
+    LeaveLeader(sequence);
+    sequence->shared = kOrphan;
+  }
   open_.erase(std::remove_if(open_.begin(), open_.end(),
                              [](const Sequence* s) { return s->finish_reason != FASTGEN_RUNNING; }),
               open_.end());
+  for (size_t i = 0; i < open_.size(); ++i) {
+    if (open_[i]->shared != kOrphan) continue;
+    open_[i]->shared = 0;
+    FindLeader(open_[i], i);
+  }
 }
 
 }  // namespace fastgen::engine

@@ -28,11 +28,18 @@ struct Sequence {
   std::shared_ptr<const std::vector<int32_t>> prompt;
   int32_t slot = -1;      // -1: waits
   int32_t prefilled = 0;  // prompt tokens in the cache
+
+  // Another open sequence whose first `shared` prompt tokens are the same: they are waited for and
+  // copied.
+  Sequence* leader = nullptr;
+  int32_t shared = 0;
+  int32_t followers = 0;  // that wait for this one
 };
 
 // Rows are taken up in the order of submission, as far as max_rows and the device's memory allow.
-// A prompt that several open sequences share is fed once and copied. While some sequences decode
-// and others' prompts are fed, steps alternate between the two.
+// What the prompts of open sequences begin with alike is fed once and copied: all of equal prompts, as
+// many tokens of different ones as suit the device. While some sequences decode and others' prompts are fed,
+// steps alternate between the two.
 //
 // A failure ends the sequences that it concerns with FASTGEN_FINISH_FAILED and is thrown once; all
 // others go on with the next step. A sequence for which the device has no memory waits while others
@@ -62,9 +69,12 @@ class Session {
   Sequence& Find(uint64_t id) const;
 
   void Admit();
-  // Takes the prompt over from an open sequence that has it in the cache, if there is one.
-  bool CopyPrompt(Sequence* sequence);
-  bool Follows(size_t index) const;
+  // Chooses whom a sequence follows, if anybody. `before`: how many of open_ it may wait for; of the
+  // others it takes what is in the cache already, so nobody waits in a circle.
+  void FindLeader(Sequence* sequence, size_t before);
+  static void LeaveLeader(Sequence* sequence);
+  // Takes over what it waits for, once that is in the cache.
+  void CopyPrompt(Sequence* sequence);
   void Prefill();
   int32_t Decode(int32_t max_steps);
   int32_t StepsAtOnce(const Sequences& running, int32_t max_steps) const;

@@ -1,9 +1,8 @@
-// engine/: sessions on a device that fails when told to, the KV cache, the sampler, the draws.
+// engine/: sessions on a device that fails when told to, the sampler, the draws.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <map>
 #include <memory>
@@ -14,14 +13,11 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/half.h"
 #include "cpu/dispatch.h"
-#include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "engine/rng.h"
 #include "engine/sampler.h"
 #include "engine/session.h"
-#include "memory_limit.h"
 
 namespace fastgen::engine {
 namespace {
@@ -47,12 +43,16 @@ class StrictDevice : public Device {
   explicit StrictDevice(uint64_t seed) : random_(seed) {
     info_.prefill_tokens = static_cast<int32_t>(1 + random_() % 20);
     info_.tail_tokens = static_cast<int32_t>(1 + random_() % 6);
+    info_.least_shared = static_cast<int32_t>(random_() % 3 * 16);
   }
 
   size_t num_open() const { return slots_.size(); }
+  void set_least_shared(int32_t tokens) { info_.least_shared = tokens; }
   void set_failure_odds(uint64_t odds) { failure_odds_ = odds; }
   void set_capacity(size_t rows) { capacity_ = rows; }
   int failures() const { return failures_; }
+  int copies() const { return copies_; }
+  int64_t prefilled() const { return prefilled_; }
 
   const DeviceInfo& info() const override { return info_; }
 
@@ -61,6 +61,7 @@ class StrictDevice : public Device {
     if (slots_.size() >= capacity_) throw base::Error(FASTGEN_OUT_OF_MEMORY, "no more rows");
     Slot slot;
     slot.prompt.assign(spec.prompt, spec.prompt + spec.prompt_length);
+    if (spec.like >= 0) CheckAlike(At(spec.like), slot, spec.alike);
     slot.sampling = spec.sampling;
     slots_.emplace(next_, std::move(slot));
     return next_++;
@@ -80,6 +81,7 @@ class StrictDevice : public Device {
       if (left < 0) Broken("more is prefilled than suits the device");
       if (chunks[i].begin != slot.prefilled || chunks[i].count < 1) Broken("chunks have gaps");
       slot.prefilled += chunks[i].count;
+      prefilled_ += chunks[i].count;
       if (slot.prefilled >= static_cast<int32_t>(slot.prompt.size())) Broken("all is prefilled");
     }
   }
@@ -88,10 +90,15 @@ class StrictDevice : public Device {
     MaybeFail(FASTGEN_INTERNAL);
     const Slot& source = At(from);
     Slot& target = At(to);
-    if (source.prompt != target.prompt || source.prefilled < count || target.prefilled > count) {
+    CheckAlike(source, target, count);
+    if (source.prompt != target.prompt && (info_.least_shared == 0 || count < info_.least_shared)) {
+      Broken("a prefix is copied that does not suit the device");
+    }
+    if (source.prefilled < count || target.prefilled >= count) {
       Broken("a prefix is copied that is not there");
     }
     target.prefilled = count;
+    ++copies_;
   }
 
   int32_t Decode(const int32_t* slots, size_t count, int32_t max_steps, DecodeResult* results,
@@ -136,6 +143,14 @@ class StrictDevice : public Device {
 
   [[noreturn]] static void Broken(const char* what) { throw std::logic_error(what); }
 
+  static void CheckAlike(const Slot& a, const Slot& b, int32_t count) {
+    const auto size = static_cast<int32_t>(std::min(a.prompt.size(), b.prompt.size()));
+    if (count < 1 || count >= size ||
+        !std::equal(a.prompt.begin(), a.prompt.begin() + count, b.prompt.begin())) {
+      Broken("prompts are taken for alike that are not");
+    }
+  }
+
   void MaybeFail(fastgen_status status) {
     if (failure_odds_ == 0 || random_() % failure_odds_ != 0) return;
     ++failures_;
@@ -154,6 +169,8 @@ class StrictDevice : public Device {
   uint64_t failure_odds_ = 0;
   size_t capacity_ = 1000;
   int failures_ = 0;
+  int copies_ = 0;
+  int64_t prefilled_ = 0;  // tokens that Prefill() was given
   DeviceInfo info_;
 };
 
@@ -214,7 +231,13 @@ void RunRandomSession(uint64_t seed, uint64_t failure_odds) {
     for (int action = 0; action < 200; ++action) {
       const uint64_t dice = random() % 10;
       if (dice < 3) {
-        if (random() % 2 == 0) {  // else the prompt of the request before
+        if (random() % 4 == 0 && prompt.size() > 2) {  // alike up to somewhere
+          const auto from = static_cast<size_t>(1 + random() % (prompt.size() - 1));
+          for (size_t i = from; i < prompt.size(); ++i) {
+            prompt[i] = static_cast<int32_t>(random() % kVocab);
+          }
+          prompt.resize(std::min<size_t>(1200, prompt.size() + random() % 40), 3);
+        } else if (random() % 2 == 0) {  // else the prompt of the request before
           prompt.assign(1 + (random() % 3 == 0 ? random() % 1200 : random() % 6), 0);
           for (int32_t& token : prompt) token = static_cast<int32_t>(random() % kVocab);
         }
@@ -286,6 +309,32 @@ TEST(Session, SurvivesADeviceThatFails) {
   }
 }
 
+// Eight copies, and prompts that part at different places: every token is fed once.
+TEST(Session, FeedsWhatIsAlikeOnce) {
+  Bench bench(kSeed);
+  bench.device->set_least_shared(32);
+  Session session(bench.model, 100);
+  std::vector<int32_t> prompt(400, 5);
+  RequestOptions options;
+  options.sampling.sample = true;
+  options.num_return_sequences = 8;
+  session.Submit(prompt.data(), prompt.size(), options);
+  for (const size_t at : {100, 200, 31}) {
+    std::vector<int32_t> other(400, 5);
+    std::fill(other.begin() + static_cast<std::ptrdiff_t>(at), other.end(), 6);
+    session.Submit(other.data(), other.size(), options);
+  }
+  size_t unfinished = 1;
+  for (int step = 0; unfinished > 0 && step < 10000; ++step) unfinished = session.Step(5);
+  EXPECT_EQ(unfinished, 0u);
+  EXPECT_EQ(bench.device->copies(), 7 + 8 + 8 + 7);
+  // The last tokens of a prompt may be fed by the first step of each sequence; 31 are too few to wait for.
+  const int64_t all = 399 + 299 + 199 + 399;
+  const int64_t tails = 32 * int64_t{bench.device->info().tail_tokens};
+  EXPECT_LE(bench.device->prefilled(), all);
+  EXPECT_GE(bench.device->prefilled(), all - tails);
+}
+
 TEST(Session, AFailureEndsTheSequencesItConcerns) {
   Bench bench(kSeed);
   Session session(bench.model, 4);
@@ -319,178 +368,6 @@ TEST(Session, WaitsForMemoryWhileOthersRun) {
   const uint64_t id = session.Submit(prompt, 1, RequestOptions());
   EXPECT_THROW(session.Step(1), base::Error);
   EXPECT_EQ(session.Get(id).finish_reason, FASTGEN_FINISH_FAILED);
-}
-
-// ---- KV cache ------------------------------------------------------------------------------
-
-ModelConfig CacheConfig(int32_t hidden, int32_t layers, int32_t heads) {
-  ModelConfig config;
-  config.hidden_size = hidden;
-  config.num_layers = layers;
-  config.num_heads = heads;
-  return config;
-}
-
-constexpr cpu::CacheType kCacheTypes[] = {cpu::CacheType::kFloat32, cpu::CacheType::kFloat16,
-                                          cpu::CacheType::kBFloat16, cpu::CacheType::kInt8};
-
-// Every kernel set writes what it should where it should and nothing else, and a block has room for it.
-TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
-  for (const cpu::Kernels* kernels : cpu::AllKernels()) {
-    if (!kernels->supported()) continue;
-    for (const cpu::CacheType type : kCacheTypes) {
-      for (const int32_t head_size : {1, 3, 8, 17, 64}) {
-        constexpr int32_t kLayers = 3;
-        constexpr int32_t kHeads = 2;
-        const BlockPool pool(CacheConfig(kHeads * head_size, kLayers, kHeads), type);
-        const cpu::HeadLayout& head = pool.head();
-        ASSERT_GE(head.value_stride, head_size);
-        const int64_t element = type == cpu::CacheType::kFloat32 ? 4 : 2;
-        const int64_t bytes = type == cpu::CacheType::kInt8 ? 1 : element;
-        const int64_t scales = type == cpu::CacheType::kInt8 ? 2 * cpu::kBlock * 4 : 0;
-        const int64_t elements = cpu::kBlock * (head_size + head.value_stride);
-        ASSERT_EQ(pool.block_bytes(), kLayers * kHeads * (elements * bytes + scales));
-        std::vector<char> block(static_cast<size_t>(pool.block_bytes()), 0);
-        std::vector<float> row(static_cast<size_t>(head_size), 1.0f);
-        for (int32_t layer = 0; layer < kLayers; ++layer) {
-          for (int32_t h = 0; h < kHeads; ++h) {
-            const std::vector<char> before = block;
-            char* const area = block.data() + pool.HeadAt(layer, h);
-            for (int64_t at = 0; at < cpu::kBlock; ++at) {
-              kernels->write_cache(head, row.data(), row.data(), area, at);
-            }
-            for (size_t i = 0; i < block.size(); ++i) {
-              if (block[i] != before[i]) ASSERT_EQ(before[i], 0) << i;
-            }
-            for (int64_t at = 0; at < cpu::kBlock; ++at) {  // what is behind a row stays zero
-              const char* const values = area + head.values_at + at * head.value_stride * bytes;
-              for (int64_t i = head_size * bytes; i < head.value_stride * bytes; ++i) {
-                ASSERT_EQ(values[i], 0);
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
-// What a row of values looks like in the cache: as base/half.h rounds, by every kernel set.
-TEST(BlockPool, RoundsAsItSays) {
-  std::mt19937_64 random(kSeed);
-  std::vector<float> row = {0.0f,   -0.0f,   1e-9f,      -3e-7f,      65504.0f, 65519.9f, 65520.0f,
-                            -1e30f, 3.4e38f, 1.0009766f, 1.00048828f, 5.96e-8f, 6.1e-5f};
-  while (row.size() < 77) {
-    const auto bits = static_cast<uint32_t>(random());
-    const float value = base::BitsToFloat(bits);
-    if (std::isfinite(value)) row.push_back(value);
-  }
-  const auto n = static_cast<int64_t>(row.size());
-  for (const cpu::Kernels* kernels : cpu::AllKernels()) {
-    if (!kernels->supported()) continue;
-    for (const bool brain : {false, true}) {
-      const cpu::HeadLayout head =
-          cpu::MakeHeadLayout(brain ? cpu::CacheType::kBFloat16 : cpu::CacheType::kFloat16, n);
-      std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-      kernels->write_cache(head, row.data(), row.data(), area.data(), 5);
-      const auto* keys = reinterpret_cast<const uint16_t*>(area.data());
-      const auto* values = reinterpret_cast<const uint16_t*>(area.data() + head.values_at);
-      for (int64_t i = 0; i < n; ++i) {
-        const uint16_t expected = brain ? base::FloatToBrain(row[i]) : base::FloatToHalf(row[i]);
-        const float as_float = brain ? base::BrainToFloat(expected) : base::HalfToFloat(expected);
-        for (const uint16_t got : {keys[i * cpu::kBlock + 5], values[5 * head.value_stride + i]}) {
-          const float actual = brain ? base::BrainToFloat(got) : base::HalfToFloat(got);
-          EXPECT_EQ(actual, as_float) << kernels->name << " " << row[i];
-        }
-      }
-    }
-    for (const float largest : {1.0f, 3e-39f, 1e-36f, 3e38f, 0.0f}) {
-      const cpu::HeadLayout head = cpu::MakeHeadLayout(cpu::CacheType::kInt8, n);
-      std::vector<float> values(row.size());
-      for (float& value : values) {
-        value = largest * (static_cast<float>(random() % 2001) / 1000.0f - 1.0f);
-      }
-      values[70] = -largest;
-      std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-      kernels->write_cache(head, values.data(), values.data(), area.data(), 31);
-      const auto* keys = reinterpret_cast<const int8_t*>(area.data());
-      const auto* scales = reinterpret_cast<const float*>(area.data() + head.scales_at);
-      const float step = std::max(largest / 127.0f, 0x1p-120f);
-      EXPECT_EQ(scales[31], step) << kernels->name;
-      EXPECT_EQ(scales[cpu::kBlock + 31], step);
-      for (int64_t i = 0; i < n; ++i) {
-        const float got = scales[31] * keys[i * cpu::kBlock + 31];
-        EXPECT_LE(std::fabs(got - values[i]), 0.501f * step) << kernels->name << " " << values[i];
-      }
-    }
-    for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
-      for (const cpu::CacheType type : kCacheTypes) {
-        if (type == cpu::CacheType::kFloat32) continue;
-        const cpu::HeadLayout head = cpu::MakeHeadLayout(type, 3);
-        const float values[] = {1.0f, bad, 2.0f};
-        std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-        kernels->write_cache(head, values, values, area.data(), 0);
-        float got;
-        if (type == cpu::CacheType::kInt8) {
-          std::memcpy(&got, area.data() + head.scales_at, sizeof got);
-        } else {
-          uint16_t bits;
-          std::memcpy(&bits, area.data() + cpu::kBlock * 2, sizeof bits);
-          got =
-              type == cpu::CacheType::kFloat16 ? base::HalfToFloat(bits) : base::BrainToFloat(bits);
-        }
-        EXPECT_TRUE(std::isnan(got)) << kernels->name << cpu::CacheTypeName(type);
-      }
-    }
-  }
-}
-
-TEST(BlockPool, GivesBlocksThatNobodyElseHas) {
-  BlockPool pool(CacheConfig(16, 2, 2), cpu::CacheType::kFloat32);
-  std::mt19937_64 random(kSeed);
-  std::vector<std::pair<std::vector<cpu::Pages>, float>> holders;
-  for (int i = 0; i < 400; ++i) {
-    if (holders.empty() || random() % 2 == 0) {
-      std::vector<cpu::Pages> blocks;
-      pool.Take(static_cast<int64_t>(random() % 6), &blocks);
-      for (const cpu::Pages& block : blocks) {
-        ASSERT_GE(static_cast<int64_t>(block.size()), pool.block_bytes());
-        std::fill_n(block.floats(), pool.block_bytes() / sizeof(float), static_cast<float>(i));
-      }
-      holders.emplace_back(std::move(blocks), static_cast<float>(i));
-    } else {
-      auto& holder = holders[random() % holders.size()];
-      for (const cpu::Pages& block : holder.first) {
-        const auto count = pool.block_bytes() / static_cast<int64_t>(sizeof(float));
-        for (int64_t at = 0; at < count; ++at) ASSERT_EQ(block.floats()[at], holder.second);
-      }
-      pool.GiveBack(&holder.first);
-      ASSERT_TRUE(holder.first.empty());
-      std::swap(holder, holders.back());
-      holders.pop_back();
-    }
-  }
-}
-
-TEST(BlockPool, TakesNothingWhenMemoryIsShort) {
-  BlockPool pool(CacheConfig(1024, 8, 8), cpu::CacheType::kFloat32);  // 2 MiB a block
-  std::vector<cpu::Pages> blocks;
-  std::string message;
-  {
-    const tests::MemoryLimit limit(uint64_t{64} << 20);
-    try {
-      pool.Take(1000, &blocks);
-    } catch (const base::Error& error) {
-      EXPECT_EQ(error.status(), FASTGEN_OUT_OF_MEMORY);
-      message = error.what();
-    }
-    EXPECT_TRUE(blocks.empty());
-    // What was had meanwhile is there for smaller wishes.
-    pool.Take(8, &blocks);
-    EXPECT_EQ(blocks.size(), 8u);
-  }
-  EXPECT_NE(message.find(std::to_string(1000 * pool.block_bytes()) + " bytes"), std::string::npos)
-      << message;
 }
 
 // ---- Draws ---------------------------------------------------------------------------------

@@ -73,11 +73,11 @@ void AppendUtf8(uint32_t code, std::string* out) {
 
 }  // namespace
 
-TinyModel MakeTinyModel(uint64_t seed, int32_t vocab_size) {
+TinyModel MakeTinyModel(uint64_t seed, int32_t vocab_size, int32_t max_positions) {
   TinyModel model;
   fastgen_config_init(&model.config);
   model.config.vocab_size = vocab_size;
-  model.config.max_positions = 40;
+  model.config.max_positions = max_positions;
   model.config.hidden_size = 12;
   model.config.num_layers = 2;
   model.config.num_heads = 2;

@@ -21,7 +21,7 @@ struct TinyModel {
   std::vector<Tensor> tensors;
 };
 
-TinyModel MakeTinyModel(uint64_t seed, int32_t vocab_size = 23);
+TinyModel MakeTinyModel(uint64_t seed, int32_t vocab_size = 23, int32_t max_positions = 40);
 
 // To be given to fastgen_model_create(); points into `model`.
 std::vector<fastgen_tensor> TensorsOf(const TinyModel& model);

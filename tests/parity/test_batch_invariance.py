@@ -114,3 +114,41 @@ def test_a_wide_model_in_a_batch_of_many(threads: int, cache: str) -> None:
             batch = model.generate(prompts, options, 9, keep_logits=True, max_rows=rows)
             for index, (actual, single) in enumerate(zip(batch, expected)):
                 assert_same(actual, single, f"{threads} threads, {rows} rows, row {index}")
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_prompts_that_begin_alike(threads: int) -> None:
+    """What they have in common is fed once and shared, and parts within a block and between two."""
+    shape = GPTShape(97, 180, 36, 2, 3, 70)
+    tensors = make_tensors(shape, WeightRecipe(seed=12))
+    rng = np.random.default_rng(6)
+    start = rng.integers(0, shape.vocab_size, 140).tolist()
+    prompts = [start, start[:64], start[:64] + [1] * 30, start[:100] + [2] * 9, start[:70], start]
+    options = GenerationOptions(
+        decode_strategy="sampling", top_k=40, max_length=10, eos_token_id=-1, num_return_sequences=2
+    )
+    with EngineModel(shape, tensors, num_threads=1) as model:
+        expected: list[EngineSequence] = []
+        single = GenerationOptions(
+            decode_strategy="sampling", top_k=40, max_length=10, eos_token_id=-1
+        )
+        for index, prompt in enumerate(prompts):
+            for copy in range(2):
+                expected += model.generate([prompt], single, 9, 2 * index + copy, keep_logits=True)
+    with EngineModel(shape, tensors, num_threads=threads) as model:
+        for rows in (0, 3):
+            batch = model.generate(prompts, options, 9, keep_logits=True, max_rows=rows)
+            for index, (actual, alone_result) in enumerate(zip(batch, expected)):
+                assert_same(actual, alone_result, f"{threads} threads, {rows} rows, row {index}")
+        with model.session() as session:
+            ids = [session.submit(p, options, 9, 2 * i, True) for i, p in enumerate(prompts)]
+            session.step(1)
+            session.cancel(ids[0][0])  # whom all of them follow
+            session.step(2)
+            session.cancel(ids[3][1])
+            session.run()
+            for index, members in enumerate(ids):
+                for copy, member in enumerate(members):
+                    if (index, copy) not in ((0, 0), (3, 1)):
+                        what = f"{threads} threads, prompt {index}, copy {copy}"
+                        assert_same(session.get(member), expected[2 * index + copy], what)
