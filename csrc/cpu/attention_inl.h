@@ -10,7 +10,9 @@ constexpr int64_t kPartMax = 0, kPartSum = 1;  // of the notes of a part
 
 // How a set's registers are shared out for M rows: vectors of positions (scores), of elements (values).
 template <int M>
-constexpr int kScoreVecs = kWidth == 16 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
+constexpr int kScoreVecs = M == 1                   ? 8
+                           : kWidth == 16 || M == 2 ? 4
+                                                    : 2;
 template <int M>
 constexpr int kValueVecs = kWidth == 16 || M <= 2 ? 4 : 2;
 

@@ -1,5 +1,6 @@
 #include "engine/kv_cache.h"
 
+#include <algorithm>
 #include <string>
 
 #include "base/error.h"
@@ -22,15 +23,22 @@ void BlockPool::Take(int64_t count, std::vector<Block>* blocks) {
   try {
     while (static_cast<int64_t>(taken.size()) < count) {
       if (free_.empty()) {
-        taken.push_back(std::make_shared<cpu::Pages>(block_bytes(), "a block of the KV cache"));
+        taken.push_back(std::make_shared<cpu::Pages>());
       } else {
         taken.push_back(std::move(free_.back()));
         free_.pop_back();
       }
-      ++in_use_;
+    }
+    // Small memory first: where large memory ends, nothing else is asked for.
+    for (Block& block : taken) {
+      if (!block->data()) *block = cpu::Pages(block_bytes(), "a block of the KV cache");
     }
   } catch (...) {
+    taken.erase(std::remove_if(taken.begin(), taken.end(),
+                               [](const Block& block) { return !block->data(); }),
+                taken.end());
     const auto had = static_cast<int64_t>(taken.size());
+    in_use_ += had;
     GiveBack(&taken);
     throw base::Error(FASTGEN_OUT_OF_MEMORY,
                       "the KV cache of this sequence needs " +
@@ -38,6 +46,7 @@ void BlockPool::Take(int64_t count, std::vector<Block>* blocks) {
                           std::to_string((count - had) * block_bytes()) +
                           " are missing; ask for a smaller max_length or fewer sequences at once");
   }
+  in_use_ += count;
   for (Block& block : taken) blocks->push_back(std::move(block));
 }
 
