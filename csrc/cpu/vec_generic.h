@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace fastgen::cpu::generic {
+namespace fastgen::cpu::FASTGEN_KERNELS_ISA {
 namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
@@ -37,26 +37,46 @@ struct Vec {
   static T LoadHalf(const uint16_t* p) {
     return T{FromHalf(p[0]), FromHalf(p[1]), FromHalf(p[2]), FromHalf(p[3])};
   }
-  static T LoadBrain(const uint16_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
-    return v;
+  // Whole numbers: 32 bits a lane, or four bytes a lane.
+  typedef int32_t I __attribute__((vector_size(16), may_alias, aligned(1)));
+  static I LoadInt(const char* p) { return *reinterpret_cast<const I*>(p); }
+  static I ZeroInt() { return I{0, 0, 0, 0}; }
+  static I SetInt(const char* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return I{x, x, x, x};
   }
-  static T LoadInt8(const int8_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
-    return v;
+  static T FromInt(I v) { return __builtin_convertvector(v, T); }
+  // The two bfloat16 of a lane.
+  static T LowBrain(I v) { return reinterpret_cast<T>(v << 16); }
+  static T HighBrain(I v) { return reinterpret_cast<T>(v & SetAll(-65536)); }
+  static constexpr bool kBrainPairs = false;
+  static I LowNibbles(I v) { return v & SetAll(0x0f0f0f0f); }
+  static I HighNibbles(I v) { return (v >> 4) & SetAll(0x0f0f0f0f); }
+
+  // Four signed bytes for every lane; as pairs of 16 bits, those of even and those of odd place.
+  typedef int16_t Pairs __attribute__((vector_size(16), may_alias));
+  struct Quad {
+    Pairs even, odd;
+  };
+  static Quad SetQuad(const char* p) {
+    const auto* q = reinterpret_cast<const signed char*>(p);
+    return {Pairs{q[0], q[2], q[0], q[2], q[0], q[2], q[0], q[2]},
+            Pairs{q[1], q[3], q[1], q[3], q[1], q[3], q[1], q[3]}};
   }
-  static T LoadLowInt4(const uint8_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] & 15) - 8);
-    return v;
+  // acc + the sum of the products of four bytes, of w as unsigned numbers. A product fits 16 bits.
+  static constexpr bool kSignedBytes = false;
+  static I DotBytes(I acc, I w, const Quad& x) {
+    const I even = reinterpret_cast<I>(reinterpret_cast<Pairs>(w & SetAll(0x00ff00ff)) * x.even);
+    const I odd =
+        reinterpret_cast<I>(reinterpret_cast<Pairs>((w >> 8) & SetAll(0x00ff00ff)) * x.odd);
+    return acc + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
   }
-  static T LoadHighInt4(const uint8_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] >> 4) - 8);
-    return v;
+  static I DotNibbles(I acc, I w, const Quad& x) { return DotBytes(acc, w, x); }
+  static void StoreInt8(int8_t* p, T v) {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
   }
+
   static void Store(float* p, T v) { *reinterpret_cast<T*>(p) = v; }
   static T Set(float x) { return T{x, x, x, x}; }
   static T Fma(T a, T b, T c) { return a * b + c; }
@@ -94,7 +114,10 @@ struct Vec {
   }
   // value where x >= bound or x is NaN, else 0.
   static T ZeroBelow(T x, float bound, T value) { return x < Set(bound) ? Set(0.0f) : value; }
+
+ private:
+  static I SetAll(int32_t x) { return I{x, x, x, x}; }
 };
 
 }  // namespace
-}  // namespace fastgen::cpu::generic
+}  // namespace fastgen::cpu::FASTGEN_KERNELS_ISA

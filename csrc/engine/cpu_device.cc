@@ -17,8 +17,9 @@ using cpu::kPanel;
 
 namespace {
 
-// Up to this many rows every thread norms all of them itself, which is cheaper than a region.
-constexpr int64_t kNormByEveryThread = 16;
+// Up to this many rows every thread norms and prepares all of them itself, which is cheaper than a
+// region.
+constexpr int64_t kMadeByEveryThread = 16;
 constexpr size_t kLogitsRows = 12;  // rows of logits at a time where the caller wants them all
 constexpr int64_t kMostRows = 512;  // rows of a prefill pass: bounds the work space
 
@@ -59,9 +60,11 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
       wide_stride_(RowStride(config.intermediate_size)),
       logits_stride_(RowStride(config.vocab_size)),
+      made_bytes_(MadeBytes()),
       scratch_(pool_.threads()) {
   for (Scratch& scratch : scratch_) {
-    scratch.normed.resize(kNormByEveryThread * hidden_stride_);
+    scratch.normed.resize(hidden_stride_);
+    scratch.made.resize(kMadeByEveryThread * made_bytes_);
     const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
     scratch.scores.resize(blocks * kBlock);
     scratch.key_blocks.resize(blocks);
@@ -75,6 +78,16 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
   info_.weight_bytes = weights_.bytes();
   info_.step_bytes = weights_.step_bytes();
   info_.cache_bytes_per_token = static_cast<uint64_t>(cache_.block_bytes() / kBlock);
+}
+
+// The most that a row takes as a product wants it: normed, or prepared for any of the types in use.
+int64_t CpuDevice::MadeBytes() const {
+  int64_t most = hidden_stride_ * static_cast<int64_t>(sizeof(float));
+  const PackedLayer& layer = weights_.layers().front();
+  for (const PackedMatrix* matrix : {&weights_.head(), &layer.qkv, &layer.feed_forward_out}) {
+    most = std::max(most, kernels_.prepared_bytes(matrix->type, matrix->in));
+  }
+  return most;
 }
 
 // ---- slots ---------------------------------------------------------------------------------
@@ -136,12 +149,13 @@ void CpuDevice::Grow(int64_t rows) {
   // All or nothing: a failure leaves the smaller work space in place.
   cpu::Pages hidden = make(hidden_stride_), qkv = make(qkv_stride_),
              attended = make(hidden_stride_);
-  cpu::Pages wide = make(wide_stride_), normed = make(hidden_stride_);
+  cpu::Pages wide = make(wide_stride_);
+  cpu::Pages made(static_cast<size_t>(rows * made_bytes_), "the work space of a step");
   hidden_ = std::move(hidden);
   qkv_ = std::move(qkv);
   attended_ = std::move(attended);
   wide_ = std::move(wide);
-  normed_ = std::move(normed);
+  made_ = std::move(made);
   capacity_ = rows;
 }
 
@@ -159,46 +173,62 @@ struct CpuDevice::Product {
 // y = epilogue(x W + b); `done(first, last)` runs after the columns [first, last) on their thread.
 template <typename Done>
 void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done) {
+  const PackedMatrix& matrix = product.matrix;
   cpu::MatmulArgs args;
   args.x = product.x;
-  args.ldx = product.ldx;
+  args.x_stride = product.ldx * static_cast<int64_t>(sizeof(float));
   args.rows = rows;
-  args.in = product.matrix.in;
-  args.panels = product.matrix.panels;
-  args.panel_bytes = product.matrix.panel_bytes;
-  args.type = product.matrix.type;
-  args.bias = product.matrix.bias;
-  args.out = product.matrix.out;
+  args.in = matrix.in;
+  args.panels = matrix.panels;
+  args.panel_bytes = matrix.panel_bytes;
+  args.type = matrix.type;
+  args.bias = matrix.bias;
+  args.out = matrix.out;
   args.y = product.y;
   args.ldy = product.ldy;
   args.epilogue = product.epilogue;
 
-  const auto norm = [&](int64_t row, float* out) {
-    kernels_.layer_norm(product.x + row * product.ldx, product.norm_weight, product.norm_bias,
-                        config_.layer_norm_eps, config_.hidden_size, out + row * hidden_stride_);
+  // A row is normed, or made what the kernel multiplies, or both, or taken as it is.
+  const int64_t prepared_bytes = kernels_.prepared_bytes(matrix.type, matrix.in);
+  const auto make = [&](int64_t row, char* out, float* normed) {
+    const float* x = product.x + row * product.ldx;
+    if (product.norm_weight) {
+      float* const to = prepared_bytes ? normed : reinterpret_cast<float*>(out);
+      kernels_.layer_norm(x, product.norm_weight, product.norm_bias, config_.layer_norm_eps,
+                          matrix.in, to);
+      x = to;
+    }
+    if (prepared_bytes) kernels_.prepare(matrix.type, x, matrix.in, out);
   };
-  const bool norm_here = product.norm_weight && rows <= kNormByEveryThread;
-  if (product.norm_weight && !norm_here) {
-    pool_.Run(rows, 4, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) norm(row, normed_.floats());
+  const bool make_rows = product.norm_weight || prepared_bytes;
+  if (make_rows) {
+    args.x_stride =
+        prepared_bytes ? prepared_bytes : hidden_stride_ * static_cast<int64_t>(sizeof(float));
+  }
+  const bool make_here = make_rows && rows <= kMadeByEveryThread;
+  if (make_rows && !make_here) {
+    pool_.Run(rows, 4, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t row = begin; row < end; ++row) {
+        make(row, made_.data() + row * args.x_stride, scratch_[thread].normed.data());
+      }
     });
-    args.x = normed_.floats();
-    args.ldx = hidden_stride_;
+    args.x = made_.data();
   }
   const uint64_t id = ++products_;
-  pool_.Run(product.matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
+  pool_.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
     cpu::MatmulArgs mine = args;
-    if (norm_here) {
+    if (make_here) {
       Scratch& scratch = scratch_[thread];
-      if (scratch.normed_of != id) {
-        for (int64_t row = 0; row < rows; ++row) norm(row, scratch.normed.data());
-        scratch.normed_of = id;
+      if (scratch.made_of != id) {
+        for (int64_t row = 0; row < rows; ++row) {
+          make(row, scratch.made.data() + row * args.x_stride, scratch.normed.data());
+        }
+        scratch.made_of = id;
       }
-      mine.x = scratch.normed.data();
-      mine.ldx = hidden_stride_;
+      mine.x = scratch.made.data();
     }
     kernels_.matmul(mine, begin, end);
-    done(begin * kPanel, std::min(end * kPanel, product.matrix.out));
+    done(begin * kPanel, std::min(end * kPanel, matrix.out));
   });
 }
 

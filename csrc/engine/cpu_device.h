@@ -57,6 +57,7 @@ class CpuDevice : public Device {
   // logits_[i] = head(final norm(hidden_[first_row + i])).
   void ComputeLogits(int64_t first_row, int64_t count);
   void PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  int64_t MadeBytes() const;
   void AddUnfedPrompt(const int32_t* slots, size_t count, std::vector<Row>* rows);
   void SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
                   DecodeResult* results);
@@ -71,20 +72,22 @@ class CpuDevice : public Device {
 
   // Row strides of the work space, in floats; see RowStride() for why they are odd in cache lines.
   const int64_t hidden_stride_, qkv_stride_, wide_stride_, logits_stride_;
+  const int64_t made_bytes_;
   int64_t capacity_ = 0;  // rows that the work space holds
   cpu::Pages hidden_, qkv_, attended_, wide_, logits_;
   int64_t logits_capacity_ = 0;
 
   struct Scratch {
-    std::vector<float> normed;  // [rows, hidden_stride]
-    uint64_t normed_of = 0;     // the product that `normed` belongs to
+    std::vector<float> normed;  // [hidden_stride], of the row that is being prepared
+    std::vector<char> made;     // rows as the product `made_of` takes them
+    uint64_t made_of = 0;
     std::vector<float> scores;
     std::vector<const float*> key_blocks, value_blocks;
     std::unique_ptr<Sampler> sampler;
   };
   std::vector<Scratch> scratch_;
   uint64_t products_ = 0;
-  cpu::Pages normed_;  // [rows, hidden_stride] when rows are too many to norm once per thread
+  cpu::Pages made_;  // the same for all threads, when rows are too many to be made once per thread
 };
 
 }  // namespace fastgen::engine
