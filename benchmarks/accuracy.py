@@ -1,4 +1,4 @@
-"""What types of weights lose: logits of a random network, and perplexity of the embedded model.
+"""What types of weights and of the KV cache lose: logits of a random network, and perplexity of the embedded model.
 
 python -m benchmarks.accuracy --help
 """
@@ -22,6 +22,7 @@ from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
 from fastgen.tokenizer import Tokenizer
 
 TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+CACHES = ("float16", "bfloat16", "int8")  # beside float32 weights; a GPU has no choice
 
 
 def docstrings() -> Iterator[str]:
@@ -75,15 +76,20 @@ def embedded(tokens: int) -> tuple[GPTShape, dict[str, np.ndarray], list[list[in
 @click.option("--threads", default=0, help="Of the CPU; 0: all processors.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write this file.")
 def main(tokens: int, device: str, threads: int, json_path: Path | None) -> None:
-    """Prints what each type of weights loses against float32."""
+    """Prints what each type of weights and of the cache loses against float32."""
     random = GPTShape(50257, 128, 768, 4, 12, 3072)
     weights = make_tensors(random, WeightRecipe(1))
     prompt = np.random.default_rng(0).integers(0, random.vocab_size, 64).tolist()
     shape, tensors, pieces = embedded(tokens)
     rows: list[dict[str, Any]] = []
     reference = None
-    for dtype in TYPES:
-        options = {"device": device, "weight_dtype": dtype, "num_threads": threads}
+    cases: list[tuple[str, str | None]] = [(dtype, None) for dtype in TYPES]
+    if device == "cpu":
+        cases = [(dtype, "float32") for dtype in TYPES] + [("float32", c) for c in CACHES]
+    for dtype, cache in cases:
+        options: dict[str, Any] = {
+            "device": device, "weight_dtype": dtype, "cache_dtype": cache, "num_threads": threads
+        }  # fmt: skip
         with EngineModel(random, weights, **options) as model:
             logits = model.logits(prompt).astype(np.float64)
         if reference is None:
@@ -92,14 +98,27 @@ def main(tokens: int, device: str, threads: int, json_path: Path | None) -> None
             loss = perplexity(model, pieces)
         error = float(((logits - reference) ** 2).sum() / (reference**2).sum())
         change = loss / rows[0]["perplexity"] - 1 if rows else 0.0
-        rows.append({"weights": dtype, "nmse": error, "perplexity": loss, "change": change})
+        rows.append(
+            {
+                "weights": dtype,
+                "cache": cache or "as the weights",
+                "nmse": error,
+                "perplexity": loss,
+                "change": change,
+            }
+        )
     click.echo(
         f"{device}; logits of a random network, 768 wide, 4 layers; "
         f"{len(pieces)} x {len(pieces[0])} tokens of docstrings"
     )
-    click.echo(f"{'weights':10}{'NMSE of logits':>16}{'perplexity':>12}{'against float32':>17}")
+    click.echo(
+        f"{'weights':10}{'cache':16}{'NMSE of logits':>16}{'perplexity':>12}{'against float32':>17}"
+    )
     for r in rows:
-        click.echo(f"{r['weights']:10}{r['nmse']:16.1e}{r['perplexity']:12.4f}{r['change']:+17.3%}")
+        click.echo(
+            f"{r['weights']:10}{r['cache']:16}{r['nmse']:16.1e}{r['perplexity']:12.4f}"
+            f"{r['change']:+17.3%}"
+        )
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

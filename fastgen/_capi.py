@@ -109,6 +109,7 @@ class ModelOptions(Structure):
         ("progress_user_data", c_void_p),
         ("tensor_device", c_char_p),
         ("stream", c_void_p),
+        ("cache_dtype", c_char_p),
     ]
 
 
@@ -136,6 +137,7 @@ class ModelInfo(Structure):
         ("weight_bytes", c_uint64),
         ("step_bytes", c_uint64),
         ("cache_bytes_per_token", c_uint64),
+        ("cache_dtype", c_char_p),
     ]
 
 

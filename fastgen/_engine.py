@@ -44,6 +44,7 @@ class ModelInfo:
         weight_bytes: packed weights in memory.
         step_bytes: weights that a decode step of one row reads.
         cache_bytes_per_token: KV cache for one position of one sequence.
+        cache_dtype: what its keys and values are kept as.
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class ModelInfo:
     weight_bytes: int
     step_bytes: int
     cache_bytes_per_token: int
+    cache_dtype: str
 
 
 def is_integer(value: Any) -> bool:
@@ -71,7 +73,11 @@ def is_integer(value: Any) -> bool:
 
 
 def model_options(
-    num_threads: int | None, isa: str | None, device: str, weight_dtype: str
+    num_threads: int | None,
+    isa: str | None,
+    device: str,
+    weight_dtype: str,
+    cache_dtype: str | None,
 ) -> _capi.ModelOptions:
     options = _capi.ModelOptions()
     _capi.library().fastgen_model_options_init(ctypes.byref(options))
@@ -82,6 +88,7 @@ def model_options(
     options.device = device.encode()
     options.weight_dtype = weight_dtype.encode()
     options.isa = None if isa is None else isa.encode()
+    options.cache_dtype = None if cache_dtype is None else cache_dtype.encode()
     return options
 
 

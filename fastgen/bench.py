@@ -319,6 +319,11 @@ def _parse_sizes(context: click.Context, parameter: click.Parameter, value: str)
     default="float32",
     help="Type of the weights: float32, float16, bfloat16, int8, int4.",
 )
+@click.option(
+    "--cache_dtype",
+    "--cache-dtype",
+    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: float32]",
+)
 @click.option("--peer", type=click.Choice(("paddlenlp",)), help="Run this on the same weights too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
@@ -332,6 +337,7 @@ def command(
     threads: int | None,
     isa: str | None,
     weight_dtype: str,
+    cache_dtype: str | None,
     peer: str | None,
     as_json: bool,
 ) -> int:
@@ -355,7 +361,13 @@ def command(
     )  # fmt: skip
     with infer.paddle_environment(settings):
         generator, peer_model = _load(
-            model, shape, plan.peer, num_threads=threads, isa=isa, weight_dtype=weight_dtype
+            model,
+            shape,
+            plan.peer,
+            num_threads=threads,
+            isa=isa,
+            weight_dtype=weight_dtype,
+            cache_dtype=cache_dtype,
         )
     # The arrays of --shape are out of reach now: only the packed copy should be in memory.
     gc.collect()
@@ -382,10 +394,11 @@ def _write_table(document: dict[str, Any]) -> None:
     bandwidth = document["read_bandwidth"]
     click.echo(
         f"{document['name']}: {info['num_layers']} layers, hidden {info['hidden_size']}, "
-        f"{info['weight_dtype']}, {info['device']}/{info['isa']}, {info['num_threads']} threads"
+        f"{info['weight_dtype']}, cache {info['cache_dtype']}, {info['device']}/{info['isa']}, {info['num_threads']} threads"
     )
     click.echo(
         f"weights {info['weight_bytes'] / 1e6:.1f} MB, {info['step_bytes'] / 1e6:.1f} MB per step; "
+        f"cache {info['cache_bytes_per_token'] / 1e3:.1f} kB per position; "
         f"read bandwidth {bandwidth['best'] / 1e9:.2f} GB/s best, "
         f"{bandwidth['median'] / 1e9:.2f} GB/s median"
     )

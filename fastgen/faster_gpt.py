@@ -25,6 +25,7 @@ Scalars = Union[int, float, Sequence[Any], np.ndarray, paddle.Tensor, None]
 
 _WEIGHT_CHECKS = ("content", "identity")
 _DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+_CACHE_DTYPES = _DTYPES[:-1]
 # What a value of the op's inputs is, and its name there.
 _PER_ROW = {
     "top_k": ("TopK", "int64"),
@@ -57,6 +58,8 @@ class FasterGPT(paddle.nn.Layer):
         weight_dtype: what the engine keeps the weights as: "float32", "float16", "bfloat16", "int8"
             or "int4"; None: float32 on the CPU, on a GPU the type that most of the model's weights
             have.
+        cache_dtype: what it keeps keys and values as: on the CPU "float32", "float16", "bfloat16" or
+            "int8"; None: float32, on a GPU what goes with the weights.
 
     Attributes:
         last_seed: the seed of the last call that sampled, given or drawn: an int, or a list of one
@@ -81,10 +84,17 @@ class FasterGPT(paddle.nn.Layer):
         use_fp16_decoding: bool = False,
         weight_check: str = "content",
         weight_dtype: str | None = None,
+        cache_dtype: str | None = None,
     ) -> None:
         super().__init__()
         _check_model(model)
         self._weight_dtype = _weight_dtype(weight_dtype, use_fp16_decoding)
+        if cache_dtype not in (None, *_CACHE_DTYPES):
+            raise InvalidArgumentError(
+                f"cache_dtype is {cache_dtype!r}: it must be one of {', '.join(_CACHE_DTYPES)}, or "
+                "None"
+            )
+        self._cache_dtype = "auto" if cache_dtype is None else cache_dtype
         if weight_check not in _WEIGHT_CHECKS:
             raise InvalidArgumentError(
                 f"weight_check is {weight_check!r}: it must be 'content' or 'identity'"
@@ -200,6 +210,7 @@ class FasterGPT(paddle.nn.Layer):
             # A program outlives this object, its engine lives as long as the program's weights.
             "owner": 0 if _is_static() else self._owner,
             "weight_dtype": self._weight_dtype,
+            "cache_dtype": self._cache_dtype,
         }
         ids, scores, _ = self._run(inputs, attributes)
         return ids, scores

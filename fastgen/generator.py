@@ -131,6 +131,7 @@ class Generator:
         isa: str | None = None,
         device: str = "cpu",
         weight_dtype: str = "float32",
+        cache_dtype: str | None = None,
         progress: Progress | bool | None = None,
     ) -> Generator:
         """Loads a model.
@@ -143,6 +144,8 @@ class Generator:
             device: `"cpu"`, or `"cuda"` or `"cuda:<index>"` where `libfastgen_cuda` was built.
             weight_dtype: what the weights are kept as: `"float32"`, `"float16"`, `"bfloat16"`,
                 `"int8"` or `"int4"`. Sums are float32 whatever it is.
+            cache_dtype: what keys and values are kept as: on the CPU `"float32"`, `"float16"`,
+                `"bfloat16"` or `"int8"`; None: float32, on a GPU what goes with the weights.
             progress: called with bytes packed and bytes in all; True: a bar on standard error.
 
         Raises:
@@ -157,7 +160,7 @@ class Generator:
                 f"{directory} is a checkpoint of PaddleNLP: convert it with "
                 f"fastgen convert {directory} {directory}-fastgen and load {directory}-fastgen"
             )
-        options = model_options(num_threads, isa, device, weight_dtype)
+        options = model_options(num_threads, isa, device, weight_dtype, cache_dtype)
         with ProgressBridge(options, progress):
             model = Model.load(directory, options)
         tokenizer = Tokenizer.from_directory(directory)
@@ -173,6 +176,7 @@ class Generator:
         isa: str | None = None,
         device: str = "cpu",
         weight_dtype: str = "float32",
+        cache_dtype: str | None = None,
         tokenizer: Tokenizer | None = None,
         progress: Progress | bool | None = None,
     ) -> Generator:
@@ -184,7 +188,7 @@ class Generator:
 
         The others, and the errors, are those of :meth:`from_pretrained`.
         """
-        options = model_options(num_threads, isa, device, weight_dtype)
+        options = model_options(num_threads, isa, device, weight_dtype, cache_dtype)
         with ProgressBridge(options, progress):
             model = Model.create(config, tensors, options)
         return cls(model, "tensors", tokenizer, None)

@@ -43,6 +43,7 @@ class Settings:
     use_fp16_decoding: bool
     device: str = "cpu"
     weight_dtype: str | None = None
+    cache_dtype: str | None = None
 
     @property
     def weights(self) -> str:
@@ -97,6 +98,10 @@ def _check(settings: Settings) -> None:
             f"device is {settings.device!r} and the weights are {settings.weights}: "
             f"--engine {settings.engine} runs on the CPU in float32"
         )
+    if settings.engine != "fastgen" and settings.cache_dtype not in (None, "float32"):
+        raise InvalidArgumentError(
+            f"cache_dtype is {settings.cache_dtype!r}: --engine {settings.engine} has float32 only"
+        )
     if settings.use_fp16_decoding and settings.weight_dtype not in (None, "float16"):
         raise InvalidArgumentError(
             f"use_fp16_decoding is on and weight_dtype is {settings.weight_dtype!r}: only one of "
@@ -123,6 +128,7 @@ def _run_fastgen(settings: Settings, options: GenerationOptions) -> Outcome:
         isa=settings.isa,
         device=settings.device,
         weight_dtype=settings.weights,
+        cache_dtype=settings.cache_dtype,
         progress=True,
     ) as generator:
         directory = models.resolve(settings.model)
@@ -464,7 +470,12 @@ def versions() -> dict[str, str | None]:
 @option("device", default="cpu", help="cpu, cuda or cuda:<index>.")
 @option(
     "weight_dtype",
-    help="float32; on cuda also float16, bfloat16, int8, int4.  [default: float32]",
+    help="float32, float16, bfloat16, int8, int4.  [default: float32]",
+)
+@option(
+    "cache_dtype",
+    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: float32; on cuda "
+    "what goes with the weights]",
 )
 @option("threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
 @option("isa", help="Kernel set, see fastgen info.  [default: the best]")
@@ -481,6 +492,7 @@ def command(
     end_token: str | None,
     device: str,
     weight_dtype: str | None,
+    cache_dtype: str | None,
     threads: int | None,
     isa: str | None,
     use_fp16_decoding: bool,
@@ -506,6 +518,7 @@ def command(
         use_fp16_decoding=use_fp16_decoding,
         device=device,
         weight_dtype=weight_dtype,
+        cache_dtype=cache_dtype,
     )
     outcome = run_request(settings, GenerationOptions.from_kwargs(**options))
     if as_json:

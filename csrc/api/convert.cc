@@ -80,6 +80,7 @@ engine::DeviceOptions ToDeviceOptions(const fastgen_model_options* options) {
   if (from.device) to.device = from.device;
   if (from.isa) to.isa = from.isa;
   if (from.weight_dtype) to.weight_dtype = from.weight_dtype;
+  if (from.cache_dtype) to.cache_dtype = from.cache_dtype;
   to.num_threads = from.num_threads;
   to.tensors = ToPlace(from.tensor_device, from.stream, "tensor_device");
   if (from.progress) {

@@ -131,6 +131,7 @@ fastgen_status fastgen_model_get_info(const fastgen_model* model, fastgen_model_
     result.weight_bytes = device.weight_bytes;
     result.step_bytes = device.step_bytes;
     result.cache_bytes_per_token = device.cache_bytes_per_token;
+    result.cache_dtype = device.cache_dtype.c_str();
     api::WriteStruct(result, "info", info);
   });
 }

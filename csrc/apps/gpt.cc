@@ -45,8 +45,9 @@ Continues prompts. Without any they are read from standard input, as texts.
   --eos_token_id N          token that ends a sequence; -1: none [the model's]
   --seed N                  the same seed gives the same text [drawn, reported]
   --device D                cpu, cuda or cuda:<index> [cpu]
-  --weight_dtype T          type of the weights: float32; on cuda also float16, bfloat16, int8
-                            and int4 [float32]
+  --weight_dtype T          type of the weights: float32, float16, bfloat16, int8 or int4 [float32]
+  --cache_dtype T           type of keys and values: on the CPU float32, float16, bfloat16 or int8
+                            [float32; on cuda what goes with the weights]
   --threads N               threads of the CPU [all processors]
   --isa NAME                kernel set, as avx2 [the best of this machine]
   --stream                  print tokens as they come; of one sequence, or with --json
@@ -107,6 +108,7 @@ Settings ParseCommandLine(int argc, char** argv) {
   line.Value("seed", &seed);
   line.Value("device", &settings.model_options.device);
   line.Value("weight_dtype", &settings.model_options.weight_dtype);
+  line.Value("cache_dtype", &settings.model_options.cache_dtype);
   line.Value("threads", &settings.model_options.num_threads);
   line.Value("isa", &settings.model_options.isa);
   line.Flag("stream", &settings.stream);

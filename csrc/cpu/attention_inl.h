@@ -1,97 +1,255 @@
 // Attention of a head over a cache of blocks. Part of kernels_inl.h, which includes it inside of the
 // namespace of the set.
+//
+// A tile is some rows of one sequence at consecutive positions: what is read of the cache serves all of
+// them. Whatever tile a row is in, its own sums are the same chains: a score over the elements of the
+// head, weighted values over the positions of a span, then over the spans.
 
 constexpr int kBlockVecs = static_cast<int>(kBlock) / kWidth;
+constexpr int64_t kPartMax = 0, kPartSum = 1;  // of the notes of a part
 
-// Scores of N neighbouring blocks; several at once keep the multipliers busy.
-template <int N>
-void ScoreBlocks(const AttentionArgs& args, int64_t block) {
-  T acc[N][kBlockVecs];
+// How a set's registers are shared out for M rows: vectors of positions (scores), of elements (values).
+template <int M>
+constexpr int kScoreVecs = kWidth == 16 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
+template <int M>
+constexpr int kValueVecs = kWidth == 16 || M <= 2 ? 4 : 2;
+
+// Rows [row, row + M) of a tile within a span, which all of them reach into.
+struct SpanArgs {
+  const AttentionArgs* tile;
+  int64_t row;
+  int64_t begin;  // first position of the span
+  int64_t
+      count;  // positions of it that row `row` attends; every further row has one more, to `most`
+  int64_t most;
+
+  int64_t CountOf(int64_t m) const { return Min(count + m, most); }
+};
+
+// Scales of the keys, then of the values, of the block that a position is in.
+inline const float* ScalesAt(const AttentionArgs& args, int64_t position) {
+  return reinterpret_cast<const float*>(args.blocks[position / kBlock] + args.head.scales_at);
+}
+
+// Scores of M rows at V vectors of positions, from `at` of the span on.
+template <class C, int M, int V>
+void ScoreTile(const SpanArgs& span, int64_t at) {
+  constexpr int kVecs = V < kBlockVecs ? V : kBlockVecs;  // of a block
+  constexpr int kBlocks = V / kVecs;
+  const AttentionArgs& args = *span.tile;
+  const int64_t position = span.begin + at;
+  const typename C::Element* keys[kBlocks];
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kBlockVecs; ++v) acc[n][v] = Vec::Set(0.0f);
+  for (int n = 0; n < kBlocks; ++n) {
+    const char* const area = args.blocks[position / kBlock + n];
+    keys[n] = reinterpret_cast<const typename C::Element*>(area) + position % kBlock;
   }
-  for (int64_t d = 0; d < args.head_size; ++d) {
-    const T q = Vec::Set(args.query[d]);
+  T acc[M][V];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const float* keys = args.key_blocks[block + n] + d * kBlock;
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kBlockVecs; ++v) {
-        acc[n][v] = Vec::Fma(q, Vec::Load(keys + v * kWidth), acc[n][v]);
-      }
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
+  }
+  const int64_t stride = args.query_stride;
+  const float* query = args.query + span.row * stride;
+  for (int64_t d = 0; d < args.head.head_size; ++d) {
+    T k[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      k[v] = C::Load(keys[v / kVecs] + d * kBlock + v % kVecs * kWidth);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T q = Vec::Set(query[m * stride + d]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(q, k[v], acc[m][v]);
     }
   }
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) {
+  for (int m = 0; m < M; ++m) {
+    float* scores = args.scores + (span.row + m) * kSpan + at;
 #pragma GCC unroll 16
-    for (int v = 0; v < kBlockVecs; ++v) {
-      Vec::Store(args.scores + (block + n) * kBlock + v * kWidth, acc[n][v]);
+    for (int v = 0; v < V; ++v) {
+      T score = acc[m][v];
+      if constexpr (C::kScaled) {
+        const float* const scales = ScalesAt(args, position + v / kVecs * kBlock);
+        score = Vec::Mul(score, Vec::Load(scales + position % kBlock + v % kVecs * kWidth));
+      }
+      Vec::Store(scores + v * kWidth, score);
     }
   }
 }
 
-// out[0 .. V * kWidth) = sum over positions of scores[p] * values[p], then divided by `sum`.
-template <int V>
-void WeighValues(const AttentionArgs& args, int64_t column, float sum) {
-  T acc[V];
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) acc[v] = Vec::Set(0.0f);
-  const int64_t stride = args.value_stride;
-  for (int64_t begin = 0; begin < args.length; begin += kBlock) {
-    const float* values = args.value_blocks[begin / kBlock] + column;
-    const int64_t count = Min(kBlock, args.length - begin);
-    for (int64_t p = 0; p < count; ++p) {
-      const T s = Vec::Set(args.scores[begin + p]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        acc[v] = Vec::Fma(s, Vec::Load(values + p * stride + v * kWidth), acc[v]);
-      }
-    }
-  }
-  const T divisor = Vec::Set(sum);
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) {
-    const T r = Vec::Div(acc[v], divisor);
-    const int64_t at = column + v * kWidth;
-    const int64_t left = args.head_size - at;
-    if (left >= kWidth) {
-      Vec::Store(args.out + at, r);
-    } else if (left > 0) {
-      Vec::StorePart(args.out + at, r, static_cast<int>(left));
-    }
-  }
-}
-
-void Attention(const AttentionArgs& args) {
-  const int64_t blocks = (args.length + kBlock - 1) / kBlock;
-  constexpr int kBlocksTogether = kWidth == 16 ? 4 : 1;  // within the registers of the set
-  int64_t block = 0;
-  for (; block + kBlocksTogether <= blocks; block += kBlocksTogether) {
-    ScoreBlocks<kBlocksTogether>(args, block);
-  }
-  for (; block < blocks; ++block) ScoreBlocks<1>(args, block);
-
-  float* scores = args.scores;
-  const int64_t padded = blocks * kBlock;
-  for (int64_t p = args.length; p < padded; ++p) scores[p] = kNegativeInfinity;
-  T largest = Vec::Set(kNegativeInfinity);
-  for (int64_t p = 0; p < padded; p += kWidth) largest = Vec::Max(Vec::Load(scores + p), largest);
-  const T shift = Vec::Set(Vec::ReduceMax(largest));
+// Takes row m's scores to e^(score - the largest), times the scale of the value; returns the largest, and
+// the sum without scales.
+template <class C>
+float ExpScores(const SpanArgs& span, int64_t m, float* sum) {
+  float* const scores = span.tile->scores + (span.row + m) * kSpan;
+  const int64_t count = span.CountOf(m);
+  const int64_t padded = (count + kBlock - 1) / kBlock * kBlock;
+  for (int64_t p = count; p < padded; ++p) scores[p] = kNegativeInfinity;
+  T vectors = Vec::Set(kNegativeInfinity);
+  for (int64_t p = 0; p < padded; p += kWidth) vectors = Vec::Max(Vec::Load(scores + p), vectors);
+  const float largest = Vec::ReduceMax(vectors);
+  // A span of nothing but -inf weighs nothing beside others.
+  const T shift = Vec::Set(largest == kNegativeInfinity ? 0.0f : largest);
   T total = Vec::Set(0.0f);
   for (int64_t p = 0; p < padded; p += kWidth) {
     const T e = Exp(Vec::Sub(Vec::Load(scores + p), shift));
-    Vec::Store(scores + p, e);
     total = Vec::Add(total, e);
+    if constexpr (C::kScaled) {
+      const float* const scales = ScalesAt(*span.tile, span.begin + p) + kBlock;
+      Vec::Store(scores + p, Vec::Mul(e, Vec::Load(scales + p % kBlock)));
+    } else {
+      Vec::Store(scores + p, e);
+    }
   }
-  const float sum = Vec::ReduceAdd(total);
+  *sum = Vec::ReduceAdd(total);
+  return largest;
+}
 
-  constexpr int kTogetherValues = 4;
-  int64_t column = 0;
-  for (; column + kTogetherValues * kWidth <= args.value_stride;
-       column += kTogetherValues * kWidth) {
-    WeighValues<kTogetherValues>(args, column, sum);
+// parts[m, column ..) = sum over positions p of scores[m, p] * values[p], for M rows and V vectors.
+template <class C, int M, int V>
+void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t column) {
+  const AttentionArgs& args = *span.tile;
+  const int64_t stride = args.head.value_stride;
+  const float* scores = args.scores + span.row * kSpan;
+  T acc[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
-  for (; column < args.value_stride; column += kWidth) WeighValues<1>(args, column, sum);
+  const char* const* const blocks = args.blocks + span.begin / kBlock;
+  const auto values_of = [&](int64_t p) {
+    return reinterpret_cast<const typename C::Element*>(blocks[p / kBlock] + args.head.values_at) +
+           p % kBlock * stride + column;
+  };
+  for (int64_t begin = 0; begin < span.count; begin += kBlock) {
+    const auto* values = values_of(begin);
+    const int64_t end = Min(begin + kBlock, span.count);
+    for (int64_t p = begin; p < end; ++p, values += stride) {
+      T x[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) x[v] = C::Load(values + v * kWidth);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const T s = Vec::Set(scores[m * kSpan + p]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(s, x[v], acc[m][v]);
+      }
+    }
+  }
+  // What only the later rows attend must not touch the earlier ones: 0 * inf is no 0.
+#pragma GCC unroll 16
+  for (int m = 1; m < M; ++m) {
+    const int64_t end = span.CountOf(m);
+    for (int64_t p = span.count; p < end; ++p) {
+      const auto* values = values_of(p);
+      const T s = Vec::Set(scores[m * kSpan + p]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(s, C::Load(values + v * kWidth), acc[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      Vec::Store(part + m * part_stride + column + v * kWidth, acc[m][v]);
+    }
+  }
+}
+
+template <class C, int M>
+void AttendSpan(const SpanArgs& span, float* part) {
+  const AttentionArgs& args = *span.tile;
+  constexpr int kScores = kScoreVecs<M>;
+  constexpr int kLeast = kScores < kBlockVecs ? kScores : kBlockVecs;
+  const int64_t most = (span.CountOf(M - 1) + kBlock - 1) / kBlock * kBlock;
+  int64_t at = 0;
+  for (; at + kScores * kWidth <= most; at += kScores * kWidth) ScoreTile<C, M, kScores>(span, at);
+  for (; at < most; at += kLeast * kWidth) ScoreTile<C, M, kLeast>(span, at);
+
+  const int64_t part_stride = args.head.value_stride + kPartNotes;
+  for (int64_t m = 0; m < M; ++m) {
+    float* const notes = part + m * part_stride + args.head.value_stride;
+    notes[kPartMax] = ExpScores<C>(span, m, notes + kPartSum);
+  }
+
+  constexpr int kValues = kValueVecs<M>;
+  int64_t column = 0;
+  for (; column + kValues * kWidth <= args.head.value_stride; column += kValues * kWidth) {
+    ValueTile<C, M, kValues>(span, part, part_stride, column);
+  }
+  for (; column < args.head.value_stride; column += kWidth) {
+    ValueTile<C, M, 1>(span, part, part_stride, column);
+  }
+}
+
+using SpanFn = void (*)(const SpanArgs&, float*);
+
+template <class C>
+struct Spans {
+  static constexpr SpanFn kOfRows[] = {AttendSpan<C, 1>, AttendSpan<C, 2>, AttendSpan<C, 3>,
+                                       AttendSpan<C, 4>, AttendSpan<C, 5>, AttendSpan<C, 6>};
+  static_assert(sizeof(kOfRows) / sizeof(kOfRows[0]) == kAttentionRows);
+};
+
+SpanFn SpanOf(CacheType type, int64_t rows) {
+  switch (type) {
+    case CacheType::kFloat32: break;
+    case CacheType::kFloat16: return Spans<CacheFloat16>::kOfRows[rows - 1];
+    case CacheType::kBFloat16: return Spans<CacheBFloat16>::kOfRows[rows - 1];
+    case CacheType::kInt8: return Spans<CacheInt8>::kOfRows[rows - 1];
+  }
+  return Spans<CacheFloat32>::kOfRows[rows - 1];
+}
+
+void AttentionSpan(const AttentionArgs& args, int64_t index) {
+  SpanArgs span;
+  span.tile = &args;
+  span.begin = index * kSpan;
+  // Rows that end before the span have no part in it.
+  span.row = span.begin < args.length ? 0 : span.begin - args.length + 1;
+  span.count = Min(args.length + span.row - span.begin, kSpan);
+  span.most = kSpan;
+  float* const part =
+      args.parts + (index * args.rows + span.row) * (args.head.value_stride + kPartNotes);
+  SpanOf(args.head.type, args.rows - span.row)(span, part);
+}
+
+void AttentionFinish(const AttentionArgs& args) {
+  const int64_t part_floats = args.head.value_stride + kPartNotes;
+  for (int64_t m = 0; m < args.rows; ++m) {
+    const int64_t spans = (args.length + m + kSpan - 1) / kSpan;
+    float* const first = args.parts + m * part_floats;
+    const int64_t next =
+        args.rows * part_floats;  // from a span's part of the row to the next one's
+    float largest = kNegativeInfinity;
+    for (int64_t s = 0; s < spans; ++s) {
+      const float other = first[s * next + args.head.value_stride + kPartMax];
+      if (other > largest) largest = other;
+    }
+    T sum = Vec::Set(0.0f);
+    for (int64_t s = 0; s < spans; ++s) {
+      const float* const part = first + s * next;
+      const float* const notes = part + args.head.value_stride;
+      const T weight = Exp(Vec::Set(notes[kPartMax] - largest));
+      sum = Vec::Fma(weight, Vec::Set(notes[kPartSum]), sum);
+      for (int64_t i = 0; i < args.head.value_stride; i += kWidth) {
+        const T before = s == 0 ? Vec::Set(0.0f) : Vec::Load(first + i);
+        Vec::Store(first + i, Vec::Fma(weight, Vec::Load(part + i), before));
+      }
+    }
+    float* const out = args.out + m * args.out_stride;
+    for (int64_t i = 0; i < args.head.head_size; i += kWidth) {
+      const T r = Vec::Div(Vec::Load(first + i), sum);
+      const int64_t left = args.head.head_size - i;
+      if (left >= kWidth) {
+        Vec::Store(out + i, r);
+      } else {
+        Vec::StorePart(out + i, r, static_cast<int>(left));
+      }
+    }
+  }
 }

@@ -7,15 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/cache_layout.h"
 #include "cpu/panels.h"
 
 namespace fastgen::cpu {
 
 // Activation rows start at multiples of this many floats and are readable up to it.
 constexpr int64_t kRowAlign = 16;
-// Positions of the KV cache come in blocks of this many.
-constexpr int64_t kBlock = 32;
-
 enum class Epilogue {
   kStore,     // y = acc + bias
   kGelu,      // y = gelu_tanh(acc + bias)
@@ -44,18 +42,28 @@ struct QuantizedGroup {
   int8_t q[kGroup];
 };
 
-// One head of one query row against a cache of blocks.
-//   keys   of a block: [head_size, kBlock] (transposed: a vector of positions per element)
-//   values of a block: [kBlock, value_stride] rows
+// Rows of a sequence that attention takes at once.
+constexpr int64_t kAttentionRows = 6;
+// Positions that attention sums as one chain. A row's sums are one chain per span of them and then one
+// over the spans, so spans can be worked on by several threads, or by one: the bits are the same.
+constexpr int64_t kSpan = 256;
+// A row's share of a span, its part, is its weighted values and this many floats more: its largest
+// score, its sum and padding.
+constexpr int64_t kPartNotes = kRowAlign;
+
+// One head of a few query rows of a sequence, at consecutive positions, against a cache of blocks.
 struct AttentionArgs {
-  const float* query;  // [head_size], already scaled
-  int64_t head_size;
-  int64_t value_stride;            // head_size rounded up to kRowAlign
-  const float* const* key_blocks;  // [ceil(length / kBlock)]
-  const float* const* value_blocks;
-  int64_t length;  // positions attended: 0 .. length - 1
-  float* scores;   // scratch, [length rounded up to kBlock]
-  float* out;      // [head_size]
+  const float* query;  // [rows, head_size], row stride query_stride, already scaled
+  int64_t query_stride;
+  int64_t rows;  // 1 .. kAttentionRows
+  HeadLayout head;
+  const char* const* blocks;  // the head's areas, [ceil((length + rows - 1) / kBlock)]
+  int64_t
+      length;  // positions that the first row attends, 0 .. length - 1; each further row one more
+  float* scores;  // scratch, [rows, kSpan]
+  float* parts;   // [ceil((length + rows - 1) / kSpan), rows, value_stride + kPartNotes]
+  float* out;     // [rows, head_size], row stride out_stride
+  int64_t out_stride;
 };
 
 struct Kernels {
@@ -71,7 +79,16 @@ struct Kernels {
   // y = (x - mean) / sqrt(var + eps) * weight + bias over n elements.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                      float* y);
-  void (*attention)(const AttentionArgs& args);
+  // Writes position `at` of a block: the key and the value of a head, [head_size] each, to its area.
+  // 16-bit types round to nearest, ties to even, and finite numbers stay finite; int8 has the scale of
+  // its largest magnitude. What is not finite becomes NaN in types other than float32, with int8 all
+  // of its row.
+  void (*write_cache)(const HeadLayout& head, const float* key, const float* value, char* area,
+                      int64_t at);
+  // Span `index` of the rows that reach into it: writes its parts, from its blocks only.
+  void (*attention_span)(const AttentionArgs& args, int64_t index);
+  // out, from the parts of all spans, which are used up.
+  void (*attention_finish)(const AttentionArgs& args);
 
   // probs[i] = exp(x[i] / temperature - max) / sum, float32 as the reference computes it.
   void (*softmax)(const float* x, int64_t n, float temperature, float* probs);

@@ -83,6 +83,8 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
   }
 }
 
+#include "cpu/cache_inl.h"
+
 #include "cpu/attention_inl.h"
 
 // ---- over the vocabulary -------------------------------------------------------------------
@@ -187,7 +189,9 @@ const Kernels kKernels = {
     Prepare,
     Matmul,
     LayerNorm,
-    Attention,
+    WriteCache,
+    AttentionSpan,
+    AttentionFinish,
     Softmax,
     LogSumExp,
     Argmax,

@@ -285,8 +285,8 @@ inline void QuantizeGroup(const float* x, int count, float zero_point, Quantized
 template <class V>
 void PrepareBrain(const float* x, int64_t in, uint16_t* out) {
   int64_t i = 0;
-  for (; i + kWidth <= in; i += kWidth) V::StoreBrain(out + i, V::Load(x + i));
-  if (i < in) V::StoreBrain(out + i, V::LoadPart(x + i, static_cast<int>(in - i), 0.0f));
+  for (; i + kWidth <= in; i += kWidth) V::StoreBrainPairs(out + i, V::Load(x + i));
+  if (i < in) V::StoreBrainPairs(out + i, V::LoadPart(x + i, static_cast<int>(in - i), 0.0f));
 }
 
 int64_t PreparedBytes(WeightType type, int64_t in) {

@@ -37,6 +37,17 @@ struct Vec {
   static T LoadHalf(const uint16_t* p) {
     return T{FromHalf(p[0]), FromHalf(p[1]), FromHalf(p[2]), FromHalf(p[3])};
   }
+  static T LoadBrain(const uint16_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
+    return v;
+  }
+  static T LoadInt8(const int8_t* p) {
+    T v;
+    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
+    return v;
+  }
+
   // Whole numbers: 32 bits a lane, or four bytes a lane.
   typedef int32_t I __attribute__((vector_size(16), may_alias, aligned(1)));
   static I LoadInt(const char* p) { return *reinterpret_cast<const I*>(p); }
@@ -73,9 +84,6 @@ struct Vec {
     return acc + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
   }
   static I DotNibbles(I acc, I w, const Quad& x) { return DotBytes(acc, w, x); }
-  static void StoreInt8(int8_t* p, T v) {
-    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
-  }
 
   static void Store(float* p, T v) { *reinterpret_cast<T*>(p) = v; }
   static T Set(float x) { return T{x, x, x, x}; }
@@ -114,6 +122,40 @@ struct Vec {
   }
   // value where x >= bound or x is NaN, else 0.
   static T ZeroBelow(T x, float bound, T value) { return x < Set(bound) ? Set(0.0f) : value; }
+  // To the nearest, ties to even; beyond the largest half it is infinity.
+  static uint16_t ToHalf(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {
+      // Below 2^-14: in units of 2^-24, rounded by an addition whose last place is that unit.
+      const float units = FromBits(magnitude) + 0.5f;
+      uint32_t rounded;
+      std::memcpy(&rounded, &units, sizeof rounded);
+      return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+    }
+    const uint32_t odd = magnitude >> 13 & 1u;
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+  }
+  static void StoreHalf(uint16_t* p, T v) {
+    for (int i = 0; i < kWidth; ++i) p[i] = ToHalf(v[i]);
+  }
+  static void StoreBrain(uint16_t* p, T v) {
+    for (int i = 0; i < kWidth; ++i) {
+      const float value = v[i];
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      p[i] = value != value ? uint16_t{0x7fc0}
+                            : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+  }
+  // Whole numbers in [-128, 127].
+  static void StoreInt8(int8_t* p, T v) {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
+  }
 
  private:
   static I SetAll(int32_t x) { return I{x, x, x, x}; }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -48,32 +47,41 @@ cpu::WeightType WeightTypeOf(const std::string& name) {
                                              "bfloat16, int8, int4");
 }
 
+cpu::CacheType CacheTypeOf(const std::string& name) {
+  cpu::CacheType type = cpu::CacheType::kFloat32;
+  if (name.empty() || cpu::ParseCacheType(name.c_str(), &type)) return type;
+  throw base::Error(FASTGEN_UNSUPPORTED, "cache_dtype=" + name +
+                                             " is not one that device=cpu has: float32, float16, "
+                                             "bfloat16, int8");
+}
+
 }  // namespace
 
 CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
       pool_(ResolveThreads(options.num_threads)),
+      cache_(config, CacheTypeOf(options.cache_dtype)),
       weights_(config, weights, WeightTypeOf(options.weight_dtype), pool_, options.progress),
-      cache_(config),
       hidden_stride_(RowStride(config.hidden_size)),
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
       wide_stride_(RowStride(config.intermediate_size)),
       logits_stride_(RowStride(config.vocab_size)),
       made_bytes_(MadeBytes()),
+      pending_columns_(config.num_heads),
       scratch_(pool_.threads()) {
   for (Scratch& scratch : scratch_) {
     scratch.normed.resize(hidden_stride_);
     scratch.made.resize(kMadeByEveryThread * made_bytes_);
     const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
-    scratch.scores.resize(blocks * kBlock);
-    scratch.key_blocks.resize(blocks);
-    scratch.value_blocks.resize(blocks);
+    scratch.scores.resize(cpu::kAttentionRows * cpu::kSpan);
+    scratch.blocks.resize(blocks);
     scratch.sampler = std::make_unique<Sampler>(kernels_);
   }
   info_.device = "cpu";
   info_.isa = kernels_.name;
   info_.weight_dtype = options.weight_dtype;
+  info_.cache_dtype = cpu::CacheTypeName(cache_.head().type);
   info_.num_threads = pool_.threads();
   info_.weight_bytes = weights_.bytes();
   info_.step_bytes = weights_.step_bytes();
@@ -236,75 +244,12 @@ void CpuDevice::Multiply(const Product& product, int64_t rows) {
   Multiply(product, rows, [](int64_t, int64_t) {});
 }
 
-// Takes columns of the fused product to where attention wants them: queries are scaled in place,
-// keys and values go to the cache.
-void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first,
-                           int64_t last) {
-  const int64_t h = config_.hidden_size;
-  const int64_t d = config_.head_size();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  for (int64_t begin = first; begin < last;) {
-    // A run of columns within one head of one role.
-    const int64_t end = std::min(last, begin / d * d + d);
-    const int64_t role = begin / h;
-    const int32_t head = static_cast<int32_t>(begin % h / d);
-    const int64_t element = begin % d;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      float* from = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + begin;
-      const int64_t count = end - begin;
-      if (role == 0) {
-        for (int64_t i = 0; i < count; ++i) from[i] *= scale;
-        continue;
-      }
-      const int32_t position = rows[r].position;
-      float* block = rows[r].slot->blocks[position / kBlock].floats();
-      const int64_t at = position % kBlock;
-      if (role == 1) {
-        float* keys = block + cache_.KeysAt(layer, head) + element * kBlock + at;
-        for (int64_t i = 0; i < count; ++i) keys[i * kBlock] = from[i];
-      } else {
-        float* values = block + cache_.ValuesAt(layer, head) + at * cache_.value_stride() + element;
-        for (int64_t i = 0; i < count; ++i) values[i] = from[i];
-      }
-    }
-    begin = end;
-  }
-}
-
-void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
-  const auto count = static_cast<int64_t>(rows.size());
-  const int64_t d = config_.head_size();
-  // Heads outermost: neighbouring tasks read the same keys and values.
-  pool_.Run(count * config_.num_heads, 1, [&](int64_t begin, int64_t end, int thread) {
-    Scratch& scratch = scratch_[thread];
-    for (int64_t task = begin; task < end; ++task) {
-      const auto head = static_cast<int32_t>(task / count);
-      const int64_t r = task % count;
-      const Row& row = rows[r];
-      cpu::AttentionArgs args;
-      args.query = qkv_.floats() + r * qkv_stride_ + head * d;
-      args.head_size = d;
-      args.value_stride = cache_.value_stride();
-      args.length = row.position + 1;
-      for (int64_t b = 0; b * kBlock < args.length; ++b) {
-        const float* block = row.slot->blocks[b].floats();
-        scratch.key_blocks[b] = block + cache_.KeysAt(layer, head);
-        scratch.value_blocks[b] = block + cache_.ValuesAt(layer, head);
-      }
-      args.key_blocks = scratch.key_blocks.data();
-      args.value_blocks = scratch.value_blocks.data();
-      args.scores = scratch.scores.data();
-      args.out = attended_.floats() + r * hidden_stride_ + head * d;
-      kernels_.attention(args);
-    }
-  });
-}
-
 void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   const PackedLayer& layer = weights_.layers()[index];
   float* hidden = hidden_.floats();
   using cpu::Epilogue;
+  ExpectCache();
   Multiply({layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_, Epilogue::kStore,
             layer.norm1_weight, layer.norm1_bias},
            count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });
@@ -323,6 +268,7 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
 void CpuDevice::Forward(const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   Grow(count);
+  PlanAttention(rows);
   pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);

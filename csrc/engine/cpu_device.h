@@ -1,6 +1,7 @@
 // The CPU device: a step is a loop over layers of five fused parallel regions.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -43,6 +44,15 @@ class CpuDevice : public Device {
     int32_t position;
   };
 
+  // Rows [row, row + count) of a step, of one sequence at consecutive positions, for attention.
+  struct Tile {
+    int64_t row, count;
+    int64_t length;  // positions that the first of them attends
+    int64_t spans;   // of cpu::kSpan positions, that the last of them reaches into
+    int64_t first_span,
+        first_part;  // how many the tiles before it have: spans, and rows' parts of them
+  };
+
   Slot& At(int32_t slot);
   void Grow(int64_t rows);
   // Runs rows through all layers; hidden_ then holds the residual stream before the final norm.
@@ -52,8 +62,18 @@ class CpuDevice : public Device {
   template <typename Done>
   void Multiply(const Product& product, int64_t rows, const Done& done);
   void Multiply(const Product& product, int64_t rows);
+  // Before the product whose columns WriteCache() is told of.
+  void ExpectCache();
+  // Takes columns of the fused product to where attention wants them: queries are scaled in place; a
+  // head's keys and values go to the cache once all of them are there, because some types of it have a
+  // scale for the whole.
   void WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last);
+  // Shares attention of these rows out: into tiles, and into spans where tiles are too few.
+  void PlanAttention(const std::vector<Row>& rows);
   void Attend(int32_t layer, const std::vector<Row>& rows);
+  void AttendSpans(int32_t layer, const std::vector<Row>& rows, int32_t head, const Tile& tile,
+                   int64_t first, int64_t last, float* parts, int32_t thread);
+  void FinishAttention(int32_t head, const Tile& tile, float* parts) const;
   // logits_[i] = head(final norm(hidden_[first_row + i])).
   void ComputeLogits(int64_t first_row, int64_t count);
   void PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
@@ -65,8 +85,8 @@ class CpuDevice : public Device {
   const ModelConfig config_;
   const cpu::Kernels& kernels_;
   cpu::ThreadPool pool_;
-  const PackedWeights weights_;
   BlockPool cache_;
+  const PackedWeights weights_;
   DeviceInfo info_;
   std::vector<Slot> slots_;
 
@@ -77,12 +97,21 @@ class CpuDevice : public Device {
   cpu::Pages hidden_, qkv_, attended_, wide_, logits_;
   int64_t logits_capacity_ = 0;
 
+  std::vector<Tile> tiles_;
+  std::vector<int32_t> tile_of_span_;  // empty: a tile is one thread's with all its spans
+  std::vector<float> parts_;           // [heads, parts] of the tiles that several threads work on
+  struct Pending {
+    std::atomic<int64_t> count{0};
+  };
+  std::vector<Pending> pending_spans_;    // [heads, tiles] that are still to be done
+  std::vector<Pending> pending_columns_;  // [heads] of keys and values
+
   struct Scratch {
     std::vector<float> normed;  // [hidden_stride], of the row that is being prepared
     std::vector<char> made;     // rows as the product `made_of` takes them
     uint64_t made_of = 0;
-    std::vector<float> scores;
-    std::vector<const float*> key_blocks, value_blocks;
+    std::vector<float> scores, parts;
+    std::vector<const char*> blocks;
     std::unique_ptr<Sampler> sampler;
   };
   std::vector<Scratch> scratch_;

@@ -59,6 +59,7 @@ struct DeviceInfo {
   int32_t cuda_index = -1;   // of a CUDA device
   std::string isa;           // kernel set in use
   std::string weight_dtype;  // "float32"
+  std::string cache_dtype;
   int32_t num_threads = 0;
   uint64_t weight_bytes = 0;
   uint64_t step_bytes = 0;
@@ -112,6 +113,7 @@ struct DeviceOptions {
   std::string device = "cpu";
   std::string isa;  // empty: environment, then the best
   std::string weight_dtype = "float32";
+  std::string cache_dtype;  // empty: the device's own choice
   int32_t num_threads = 0;
   Progress progress;
   Place tensors;  // where the tensors of a model made of memory lie

@@ -3,7 +3,6 @@
 #include <string>
 
 #include "base/error.h"
-#include "cpu/kernels.h"
 
 namespace fastgen::engine {
 
@@ -11,13 +10,10 @@ namespace {
 constexpr int64_t kKeptBytes = int64_t{1} << 28;
 }
 
-BlockPool::BlockPool(const ModelConfig& config) : num_heads_(config.num_heads) {
-  const int64_t d = config.head_size();
-  value_stride_ = (d + cpu::kRowAlign - 1) / cpu::kRowAlign * cpu::kRowAlign;
-  key_floats_ = d * cpu::kBlock;
-  head_floats_ = key_floats_ + cpu::kBlock * value_stride_;
-  block_floats_ = head_floats_ * num_heads_ * config.num_layers;
-}
+BlockPool::BlockPool(const ModelConfig& config, cpu::CacheType type)
+    : head_(cpu::MakeHeadLayout(type, config.head_size())),
+      num_heads_(config.num_heads),
+      block_bytes_(head_.bytes * config.num_heads * config.num_layers) {}
 
 void BlockPool::Take(int64_t count, std::vector<cpu::Pages>* blocks) {
   std::vector<cpu::Pages> taken;

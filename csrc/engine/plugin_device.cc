@@ -170,6 +170,11 @@ void Check(int status, const PluginError& error) {
   if (status != FASTGEN_OK) throw base::Error(static_cast<fastgen_status>(status), error.text);
 }
 
+// The cache that the library has with weights of a type: it has no other.
+std::string CacheTypeBeside(const std::string& weight_dtype) {
+  return weight_dtype == "float32" || weight_dtype == "bfloat16" ? weight_dtype : "float16";
+}
+
 class PluginDevice : public Device {
  public:
   PluginDevice(const DevicePlugin& plugin, void* device, const std::string& name,
@@ -181,6 +186,7 @@ class PluginDevice : public Device {
     info_.cuda_index = cuda_index;
     info_.isa = info.architecture;
     info_.weight_dtype = info.weight_dtype;
+    info_.cache_dtype = CacheTypeBeside(info_.weight_dtype);
     info_.weight_bytes = info.weight_bytes;
     info_.step_bytes = info.step_bytes;
     info_.cache_bytes_per_token = info.cache_bytes_per_token;
@@ -303,6 +309,13 @@ std::unique_ptr<Device> MakeCudaDevice(const ModelConfig& config, WeightSource& 
     throw base::Error(FASTGEN_INVALID_ARGUMENT,
                       "isa=" + options.isa + " is for device=cpu, with device=" + options.device +
                           " it must be left out");
+  }
+  const std::string cache = CacheTypeBeside(options.weight_dtype);
+  if (!options.cache_dtype.empty() && options.cache_dtype != cache) {
+    throw base::Error(FASTGEN_UNSUPPORTED, "cache_dtype=" + options.cache_dtype +
+                                               " is not one that device=" + options.device +
+                                               " has with weight_dtype=" + options.weight_dtype +
+                                               ": " + cache);
   }
   plugin_options.weight_dtype = options.weight_dtype.c_str();
   const DevicePlugin& plugin = CudaPlugin();

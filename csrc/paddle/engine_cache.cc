@@ -59,6 +59,7 @@ std::shared_ptr<fastgen_model> Build(const fastgen_config& config,
   fastgen_model_options_init(&options);
   options.device = placement.device.c_str();
   options.weight_dtype = placement.weight_dtype.c_str();
+  if (!placement.cache_dtype.empty()) options.cache_dtype = placement.cache_dtype.c_str();
   options.tensor_device = placement.device.c_str();
   options.stream = placement.stream;
   fastgen_model* model = nullptr;
@@ -129,6 +130,7 @@ std::shared_ptr<fastgen_model> EngineCache::Get(const fastgen_config& config,
   entry->weights = weights;
   entry->device = placement.device;
   entry->weight_dtype = placement.weight_dtype;
+  entry->cache_dtype = placement.cache_dtype;
   entry->checksum = checksum;
   entry->owners.insert(owner);
   entry->model = Build(config, weights, placement);
@@ -185,6 +187,7 @@ EngineCache::Entry* EngineCache::Find(const fastgen_config& config,
   for (const auto& entry : entries_) {
     if (SameConfig(entry->config, config) && entry->device == placement.device &&
         entry->weight_dtype == placement.weight_dtype &&
+        entry->cache_dtype == placement.cache_dtype &&
         std::equal(entry->weights.begin(), entry->weights.end(), weights.begin(), weights.end(),
                    SameMemory)) {
       return entry.get();

@@ -45,6 +45,7 @@ struct Placement {
   std::string device = "cpu";  // "cuda:<index>": memory of that GPU, on which the engine runs too
   void* stream = nullptr;      // what the framework does with that memory is put on it
   std::string weight_dtype;
+  std::string cache_dtype;  // empty: the device's own
 };
 
 // The memory of a weight whose end cannot be observed.
@@ -85,7 +86,7 @@ class EngineCache {
   struct Entry {
     fastgen_config config;
     std::vector<Weight> weights;
-    std::string device, weight_dtype;
+    std::string device, weight_dtype, cache_dtype;
     uint64_t checksum = 0;
     std::set<int64_t> owners;
     std::shared_ptr<fastgen_model> model;

@@ -212,8 +212,9 @@ std::string CommonType(const std::vector<Weight>& weights) {
 }
 
 Placement PlacementOf(const std::vector<Tensor>& tensors, const std::vector<Weight>& weights,
-                      const std::string& weight_dtype) {
+                      const std::string& weight_dtype, const std::string& cache_dtype) {
   Placement placement;
+  if (cache_dtype != "auto") placement.cache_dtype = cache_dtype;
   placement.weight_dtype = weight_dtype;
   const bool automatic = weight_dtype == "auto";
   if (tensors.empty() || tensors[0].is_cpu()) {
@@ -372,7 +373,7 @@ std::vector<Tensor> FusionGpt(
     float layer_norm_eps, std::string decode_strategy, int min_length, float repetition_penalty,
     int no_repeat_ngram_size, int num_return_sequences, int eos_token_id, int pad_token_id,
     int forced_bos_token_id, int forced_eos_token_id, bool draw_seed, std::string weight_check,
-    int64_t owner, std::string weight_dtype) {
+    int64_t owner, std::string weight_dtype, std::string cache_dtype) {
   last_error = LastError();
   DropInterrupt();
   try {
@@ -399,7 +400,7 @@ std::vector<Tensor> FusionGpt(
     common.has_seed = draw_seed ? 0 : 1;
 
     const std::vector<Weight> described = DescribeWeights(weights, weight_names);
-    const Placement placement = PlacementOf(weights, described, weight_dtype);
+    const Placement placement = PlacementOf(weights, described, weight_dtype, cache_dtype);
     Request request;
     ReadPrompts(input, start_length, placement, &request);
     request.num_return_sequences = num_return_sequences;
@@ -528,7 +529,8 @@ PD_BUILD_OP(fusion_gpt)
             "draw_seed: bool",
             "weight_check: std::string",
             "owner: int64_t",
-            "weight_dtype: std::string"})
+            "weight_dtype: std::string",
+            "cache_dtype: std::string"})
     .SetKernelFn(PD_KERNEL(fastgen::paddle::FusionGpt))
     .SetInferShapeFn(PD_INFER_SHAPE(fastgen::paddle::InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastgen::paddle::InferDtype));

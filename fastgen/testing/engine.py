@@ -270,6 +270,7 @@ class EngineModel:
         weight_dtype: the type that the weights are kept in.
         tensor_device: where the tensors lie; the host when None.
         stream: of that device.
+        cache_dtype: the type that keys and values are kept in; the device's own when None.
     """
 
     def __init__(
@@ -282,6 +283,7 @@ class EngineModel:
         weight_dtype: str = "float32",
         tensor_device: str | None = None,
         stream: int = 0,
+        cache_dtype: str | None = None,
     ) -> None:
         lib = _capi.library()
         self.shape = shape
@@ -303,6 +305,7 @@ class EngineModel:
         options.weight_dtype = weight_dtype.encode()
         options.tensor_device = _device_name(tensor_device)
         options.stream = stream
+        options.cache_dtype = None if cache_dtype is None else cache_dtype.encode()
         _capi.check(
             lib.fastgen_model_create(
                 ctypes.byref(config),

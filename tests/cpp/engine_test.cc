@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <memory>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/half.h"
 #include "cpu/dispatch.h"
 #include "engine/kv_cache.h"
 #include "engine/model.h"
@@ -329,30 +331,124 @@ ModelConfig CacheConfig(int32_t hidden, int32_t layers, int32_t heads) {
   return config;
 }
 
+constexpr cpu::CacheType kCacheTypes[] = {cpu::CacheType::kFloat32, cpu::CacheType::kFloat16,
+                                          cpu::CacheType::kBFloat16, cpu::CacheType::kInt8};
+
+// Every kernel set writes what it should where it should and nothing else, and a block has room for it.
 TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
-  for (const int32_t head_size : {1, 3, 8, 17, 64}) {
-    constexpr int32_t kLayers = 3;
-    constexpr int32_t kHeads = 2;
-    const BlockPool pool(CacheConfig(kHeads * head_size, kLayers, kHeads));
-    ASSERT_GE(pool.value_stride(), head_size);
-    std::vector<int> used(static_cast<size_t>(pool.block_bytes()) / sizeof(float), 0);
-    for (int32_t layer = 0; layer < kLayers; ++layer) {
-      for (int32_t head = 0; head < kHeads; ++head) {
-        const int64_t keys = pool.KeysAt(layer, head);
-        const int64_t values = pool.ValuesAt(layer, head);
-        for (int64_t i = 0; i < head_size * cpu::kBlock; ++i)
-          ++used.at(static_cast<size_t>(keys + i));
-        for (int64_t i = 0; i < pool.value_stride() * cpu::kBlock; ++i) {
-          ++used.at(static_cast<size_t>(values + i));
+  for (const cpu::Kernels* kernels : cpu::AllKernels()) {
+    if (!kernels->supported()) continue;
+    for (const cpu::CacheType type : kCacheTypes) {
+      for (const int32_t head_size : {1, 3, 8, 17, 64}) {
+        constexpr int32_t kLayers = 3;
+        constexpr int32_t kHeads = 2;
+        const BlockPool pool(CacheConfig(kHeads * head_size, kLayers, kHeads), type);
+        const cpu::HeadLayout& head = pool.head();
+        ASSERT_GE(head.value_stride, head_size);
+        const int64_t element = type == cpu::CacheType::kFloat32 ? 4 : 2;
+        const int64_t bytes = type == cpu::CacheType::kInt8 ? 1 : element;
+        const int64_t scales = type == cpu::CacheType::kInt8 ? 2 * cpu::kBlock * 4 : 0;
+        const int64_t elements = cpu::kBlock * (head_size + head.value_stride);
+        ASSERT_EQ(pool.block_bytes(), kLayers * kHeads * (elements * bytes + scales));
+        std::vector<char> block(static_cast<size_t>(pool.block_bytes()), 0);
+        std::vector<float> row(static_cast<size_t>(head_size), 1.0f);
+        for (int32_t layer = 0; layer < kLayers; ++layer) {
+          for (int32_t h = 0; h < kHeads; ++h) {
+            const std::vector<char> before = block;
+            char* const area = block.data() + pool.HeadAt(layer, h);
+            for (int64_t at = 0; at < cpu::kBlock; ++at) {
+              kernels->write_cache(head, row.data(), row.data(), area, at);
+            }
+            for (size_t i = 0; i < block.size(); ++i) {
+              if (block[i] != before[i]) {
+                ASSERT_EQ(before[i], 0) << i;
+              }
+            }
+            for (int64_t at = 0; at < cpu::kBlock; ++at) {  // what is behind a row stays zero
+              const char* const values = area + head.values_at + at * head.value_stride * bytes;
+              for (int64_t i = head_size * bytes; i < head.value_stride * bytes; ++i) {
+                ASSERT_EQ(values[i], 0);
+              }
+            }
+          }
         }
       }
     }
-    EXPECT_EQ(*std::max_element(used.begin(), used.end()), 1) << head_size;
+  }
+}
+
+// What a row of values looks like in the cache: as base/half.h rounds, by every kernel set.
+TEST(BlockPool, RoundsAsItSays) {
+  std::mt19937_64 random(kSeed);
+  std::vector<float> row = {0.0f,   -0.0f,   1e-9f,      -3e-7f,      65504.0f, 65519.9f, 65520.0f,
+                            -1e30f, 3.4e38f, 1.0009766f, 1.00048828f, 5.96e-8f, 6.1e-5f};
+  while (row.size() < 77) {
+    const auto bits = static_cast<uint32_t>(random());
+    const float value = base::BitsToFloat(bits);
+    if (std::isfinite(value)) row.push_back(value);
+  }
+  const auto n = static_cast<int64_t>(row.size());
+  for (const cpu::Kernels* kernels : cpu::AllKernels()) {
+    if (!kernels->supported()) continue;
+    for (const bool brain : {false, true}) {
+      const cpu::HeadLayout head =
+          cpu::MakeHeadLayout(brain ? cpu::CacheType::kBFloat16 : cpu::CacheType::kFloat16, n);
+      std::vector<char> area(static_cast<size_t>(head.bytes), 0);
+      kernels->write_cache(head, row.data(), row.data(), area.data(), 5);
+      const auto* keys = reinterpret_cast<const uint16_t*>(area.data());
+      const auto* values = reinterpret_cast<const uint16_t*>(area.data() + head.values_at);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint16_t expected = brain ? base::FloatToBrain(row[i]) : base::FloatToHalf(row[i]);
+        const float as_float = brain ? base::BrainToFloat(expected) : base::HalfToFloat(expected);
+        for (const uint16_t got : {keys[i * cpu::kBlock + 5], values[5 * head.value_stride + i]}) {
+          const float actual = brain ? base::BrainToFloat(got) : base::HalfToFloat(got);
+          EXPECT_EQ(actual, as_float) << kernels->name << " " << row[i];
+        }
+      }
+    }
+    for (const float largest : {1.0f, 3e-39f, 1e-36f, 3e38f, 0.0f}) {
+      const cpu::HeadLayout head = cpu::MakeHeadLayout(cpu::CacheType::kInt8, n);
+      std::vector<float> values(row.size());
+      for (float& value : values) {
+        value = largest * (static_cast<float>(random() % 2001) / 1000.0f - 1.0f);
+      }
+      values[70] = -largest;
+      std::vector<char> area(static_cast<size_t>(head.bytes), 0);
+      kernels->write_cache(head, values.data(), values.data(), area.data(), 31);
+      const auto* keys = reinterpret_cast<const int8_t*>(area.data());
+      const auto* scales = reinterpret_cast<const float*>(area.data() + head.scales_at);
+      const float step = std::max(largest / 127.0f, 0x1p-120f);
+      EXPECT_EQ(scales[31], step) << kernels->name;
+      EXPECT_EQ(scales[cpu::kBlock + 31], step);
+      for (int64_t i = 0; i < n; ++i) {
+        const float got = scales[31] * keys[i * cpu::kBlock + 31];
+        EXPECT_LE(std::fabs(got - values[i]), 0.501f * step) << kernels->name << " " << values[i];
+      }
+    }
+    for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf("")}) {
+      for (const cpu::CacheType type : kCacheTypes) {
+        if (type == cpu::CacheType::kFloat32) continue;
+        const cpu::HeadLayout head = cpu::MakeHeadLayout(type, 3);
+        const float values[] = {1.0f, bad, 2.0f};
+        std::vector<char> area(static_cast<size_t>(head.bytes), 0);
+        kernels->write_cache(head, values, values, area.data(), 0);
+        float got;
+        if (type == cpu::CacheType::kInt8) {
+          std::memcpy(&got, area.data() + head.scales_at, sizeof got);
+        } else {
+          uint16_t bits;
+          std::memcpy(&bits, area.data() + cpu::kBlock * 2, sizeof bits);
+          got =
+              type == cpu::CacheType::kFloat16 ? base::HalfToFloat(bits) : base::BrainToFloat(bits);
+        }
+        EXPECT_TRUE(std::isnan(got)) << kernels->name << cpu::CacheTypeName(type);
+      }
+    }
   }
 }
 
 TEST(BlockPool, GivesBlocksThatNobodyElseHas) {
-  BlockPool pool(CacheConfig(16, 2, 2));
+  BlockPool pool(CacheConfig(16, 2, 2), cpu::CacheType::kFloat32);
   std::mt19937_64 random(kSeed);
   std::vector<std::pair<std::vector<cpu::Pages>, float>> holders;
   for (int i = 0; i < 400; ++i) {
@@ -379,7 +475,7 @@ TEST(BlockPool, GivesBlocksThatNobodyElseHas) {
 }
 
 TEST(BlockPool, TakesNothingWhenMemoryIsShort) {
-  BlockPool pool(CacheConfig(1024, 8, 8));  // 2 MiB a block
+  BlockPool pool(CacheConfig(1024, 8, 8), cpu::CacheType::kFloat32);  // 2 MiB a block
   std::vector<cpu::Pages> blocks;
   std::string message;
   {

@@ -435,8 +435,27 @@ def test_weights_of_other_types(make_model, prompts, dtype):
         assert same_scores.numpy().tolist() == scores.numpy().tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_caches_of_other_types(make_model, prompts, dtype):
+    """They come through the op, to an engine of their own; "float32" is what there is without."""
+    model = make_model()
+    options = {"decode_strategy": "greedy_search", "max_length": 4}
+    inputs = paddle.to_tensor(prompts)
+    _, exact = FasterGPT(model)(inputs, **options)
+    _, named = FasterGPT(model, cache_dtype="float32")(inputs, **options)
+    assert named.numpy().tolist() == exact.numpy().tolist()
+    _, scores = FasterGPT(model, cache_dtype=dtype)(inputs, **options)
+    difference = np.abs(scores.numpy() - exact.numpy())
+    most = {"float16": 0.01, "bfloat16": 0.05, "int8": 0.15}
+    assert 0 < difference.max() < most[dtype]
+
+
 def test_bad_arguments_of_the_constructor(make_model):
     model = make_model()
+    with pytest.raises(
+        ValueError, match="cache_dtype is 'int4': it must be one of float32, float16"
+    ):
+        FasterGPT(model, cache_dtype="int4")
     with pytest.raises(ValueError, match="temperature is 0"):
         FasterGPT(model, temperature=0)
     with pytest.raises(ValueError, match="top_k is -4"):

@@ -98,17 +98,18 @@ def test_prefill_length_does_not_matter(case: fg.Case, cut: int) -> None:
         np.testing.assert_array_equal(other, whole[0])
 
 
+@pytest.mark.parametrize("cache", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("threads", THREADS)
-def test_a_wide_model_in_a_batch_of_many(threads: int) -> None:
+def test_a_wide_model_in_a_batch_of_many(threads: int, cache: str) -> None:
     """Wide enough that rows and columns are split among threads, more rows than one block holds."""
     shape = GPTShape(515, 48, 4 * 40, 2, 4, 333)
     tensors = make_tensors(shape, WeightRecipe(seed=11))
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, shape.vocab_size, rng.integers(1, 40)).tolist() for _ in range(37)]
     options = GenerationOptions(decode_strategy="sampling", top_k=40, max_length=8, eos_token_id=-1)
-    with EngineModel(shape, tensors, num_threads=1) as model:
+    with EngineModel(shape, tensors, num_threads=1, cache_dtype=cache) as model:
         expected = alone(model, prompts, options, seed=9)
-    with EngineModel(shape, tensors, num_threads=threads) as model:
+    with EngineModel(shape, tensors, num_threads=threads, cache_dtype=cache) as model:
         for rows in (0, 5):
             batch = model.generate(prompts, options, 9, keep_logits=True, max_rows=rows)
             for index, (actual, single) in enumerate(zip(batch, expected)):

@@ -53,7 +53,11 @@ def fastgen(*arguments: Any, stdin: str = "", module: str = "fastgen", **variabl
 # ---- infer -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [["--use_fp16_decoding"], ["--weight_dtype", "int8"]], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [["--use_fp16_decoding"], ["--weight_dtype", "int8"], ["--cache_dtype", "int8"]],
+    ids=str,
+)
 def test_other_types_of_weights(option: list[str]) -> None:
     """The command line of the old guide works on the CPU as well."""
     result = fastgen("infer", "--prompt", "Return the", "--seed", 1, "--max_length", 8, *option)
@@ -174,6 +178,8 @@ def test_the_module_is_a_command_too(tiny: Any) -> None:
         (["--end_token", "no such"], "end_token is 'no such': it must be a token of the vocabul"),
         (["--isa", "sse9"], "sse9"),
         (["--weight_dtype", "int3"], "weight_dtype=int3 is not one that device=cpu has: float32, "),
+        (["--cache_dtype", "int4"], "cache_dtype=int4 is not one that device=cpu has: float32, fl"),
+        (["--engine", "paddlenlp", "--cache_dtype", "int8"], "cache_dtype is 'int8': --engine pad"),
         (["--device", "tpu"], "device=tpu is not one of: cpu, cuda, cuda:<index>"),
         (["--device", "cuda", "--isa", "avx2"], "isa=avx2 is for device=cpu"),
         (["--engine", "paddlenlp", "--device", "cuda"], "device is 'cuda' and the weights are"),

@@ -242,6 +242,11 @@ typedef struct fastgen_model_options {
   const char* tensor_device;
   /** Stream of `tensor_device`, if that is no "cpu". */
   void* stream;
+  /** Type that keys and values are kept as: on the CPU "float32", "float16", "bfloat16" or "int8" (with
+   *  a float32 scale for every position's key and value of a head); on an NVIDIA device the one that
+   *  goes with `weight_dtype`: "float32" with "float32", "bfloat16" with "bfloat16", else "float16".
+   *  NULL: "float32" on the CPU, else the device's. */
+  const char* cache_dtype;
 } fastgen_model_options;
 
 /**
@@ -264,8 +269,8 @@ FASTGEN_API void fastgen_model_options_init(fastgen_model_options* options);
  * @retval FASTGEN_INVALID_ARGUMENT an option is outside what is allowed
  * @retval FASTGEN_NOT_FOUND the directory or one of its files is not there or cannot be read
  * @retval FASTGEN_BAD_FILE a file is truncated, foreign or contradicts itself
- * @retval FASTGEN_UNSUPPORTED this build lacks the device or the type of weights, this machine the
- *         instruction set or the threads
+ * @retval FASTGEN_UNSUPPORTED this build lacks the device or the type of weights or cache, this machine
+ *         the instruction set or the threads
  * @since 0.1
  */
 FASTGEN_API fastgen_status fastgen_model_load(const char* directory,
@@ -324,8 +329,8 @@ typedef struct fastgen_tensor {
  *         tensor has no name, data or sizes, or does not lie on `tensor_device`
  * @retval FASTGEN_BAD_FILE a tensor is missing, unknown, given twice or of another shape than
  *         `config` asks for
- * @retval FASTGEN_UNSUPPORTED this build lacks the device or the type of weights, this machine the
- *         instruction set or the threads
+ * @retval FASTGEN_UNSUPPORTED this build lacks the device or the type of weights or cache, this machine
+ *         the instruction set or the threads
  * @since 0.1
  */
 FASTGEN_API fastgen_status fastgen_model_create(const fastgen_config* config,
@@ -381,6 +386,8 @@ typedef struct fastgen_model_info {
   uint64_t step_bytes;
   /** Bytes of KV cache for one position of one sequence. */
   uint64_t cache_bytes_per_token;
+  /** Type that its keys and values are kept as. */
+  const char* cache_dtype;
 } fastgen_model_info;
 
 /**

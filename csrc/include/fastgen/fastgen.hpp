@@ -146,6 +146,8 @@ struct ModelOptions {
   std::string tensor_device;
   /** Stream of `tensor_device`, if that is no "cpu". */
   void* stream = nullptr;
+  /** Type that keys and values are kept as, see ::fastgen_model_options; empty: the device's own. */
+  std::string cache_dtype;
 };
 
 /**
@@ -600,6 +602,7 @@ class Model {
     c_options.num_threads = options.num_threads;
     if (!options.tensor_device.empty()) c_options.tensor_device = options.tensor_device.c_str();
     c_options.stream = options.stream;
+    if (!options.cache_dtype.empty()) c_options.cache_dtype = options.cache_dtype.c_str();
     detail::Progress progress{options.progress, nullptr};
     if (options.progress) {
       c_options.progress = detail::Progress::call;
