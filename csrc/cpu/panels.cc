@@ -178,25 +178,34 @@ void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
   }
 }
 
-float WeightAt(WeightType type, const void* panel, int64_t k, int64_t c) {
+void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float* out) {
   const auto* const halves = static_cast<const uint16_t*>(panel);
   switch (type) {
-    case WeightType::kFloat32: return static_cast<const float*>(panel)[k * kPanel + c];
-    case WeightType::kBFloat16: return base::BrainToFloat(halves[PairAt(k, c)]);
-    case WeightType::kFloat16: return base::HalfToFloat(halves[k * kPanel + c]);
+    case WeightType::kFloat32:
+      for (int64_t k = 0; k < in; ++k) out[k] = static_cast<const float*>(panel)[k * kPanel + c];
+      return;
+    case WeightType::kBFloat16:
+      for (int64_t k = 0; k < in; ++k) out[k] = base::BrainToFloat(halves[PairAt(k, c)]);
+      return;
+    case WeightType::kFloat16:
+      for (int64_t k = 0; k < in; ++k) out[k] = base::HalfToFloat(halves[k * kPanel + c]);
+      return;
     case WeightType::kInt8:
     case WeightType::kInt4: break;
   }
   const bool wide = type == WeightType::kInt8;
-  const uint8_t* group =
-      static_cast<const uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes);
-  uint16_t scale;
-  std::memcpy(&scale, group + 2 * c, sizeof(scale));
-  const int64_t row = k % kGroup;
-  const uint8_t* const values = group + kScaleBytes;
-  const int q = wide ? values[Int8At(row, c)] - 128
-                     : (values[Int4At(row, c)] >> (InHighHalf(row) ? 4 : 0) & 15) - 8;
-  return base::HalfToFloat(scale) * static_cast<float>(q);
+  const auto* group = static_cast<const uint8_t*>(panel);
+  for (int64_t begin = 0; begin < in; begin += kGroup, group += wide ? kInt8Bytes : kInt4Bytes) {
+    uint16_t half;
+    std::memcpy(&half, group + 2 * c, sizeof(half));
+    const float scale = base::HalfToFloat(half);
+    const uint8_t* const values = group + kScaleBytes;
+    for (int64_t k = 0; k < std::min(kGroup, in - begin); ++k) {
+      const int q = wide ? values[Int8At(k, c)] - 128
+                         : (values[Int4At(k, c)] >> (InHighHalf(k) ? 4 : 0) & 15) - 8;
+      out[begin + k] = scale * static_cast<float>(q);
+    }
+  }
 }
 
 }  // namespace fastgen::cpu

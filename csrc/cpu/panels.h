@@ -34,7 +34,7 @@ int64_t PanelBytes(WeightType type, int64_t in);
 // saturate; integers get the scale that leaves the least error of a few.
 void PackPanel(WeightType type, const float* weights, int64_t in, void* panel);
 
-// The weight of row k and column c of a panel.
-float WeightAt(WeightType type, const void* panel, int64_t k, int64_t c);
+// out[0, in) = column c of a panel [in, kPanel] as float32.
+void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float* out);
 
 }  // namespace fastgen::cpu

@@ -146,6 +146,26 @@ void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
   target.fed = count;
 }
 
+// Adds the time of a scope to its region, where somebody measures.
+class CpuDevice::Timed {
+ public:
+  Timed(RegionTimes* times, Region region) : times_(times), region_(region) {
+    if (times_) begin_ = std::chrono::steady_clock::now();
+  }
+  ~Timed() {
+    if (!times_) return;
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin_;
+    times_->seconds[static_cast<int>(region_)] += seconds.count();
+  }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  RegionTimes* times_;
+  Region region_;
+  std::chrono::steady_clock::time_point begin_;
+};
+
 // ---- the step ------------------------------------------------------------------------------
 
 void CpuDevice::Grow(int64_t rows) {
@@ -168,6 +188,7 @@ void CpuDevice::Grow(int64_t rows) {
 }
 
 struct CpuDevice::Product {
+  Region region;
   const PackedMatrix& matrix;
   const float* x;
   int64_t ldx;
@@ -181,6 +202,7 @@ struct CpuDevice::Product {
 // y = epilogue(x W + b); `done(first, last)` runs after the columns [first, last) on their thread.
 template <typename Done>
 void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done) {
+  const Timed timed(times_, product.region);
   const PackedMatrix& matrix = product.matrix;
   cpu::MatmulArgs args;
   args.x = product.x;
@@ -250,18 +272,21 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   float* hidden = hidden_.floats();
   using cpu::Epilogue;
   ExpectCache();
-  Multiply({layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_, Epilogue::kStore,
-            layer.norm1_weight, layer.norm1_bias},
+  Multiply({Region::kQkv, layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_,
+            Epilogue::kStore, layer.norm1_weight, layer.norm1_bias},
            count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });
-  Attend(index, rows);
-  Multiply({layer.attention_out, attended_.floats(), hidden_stride_, hidden, hidden_stride_,
-            Epilogue::kResidual},
+  {
+    const Timed timed(times_, Region::kAttention);
+    Attend(index, rows);
+  }
+  Multiply({Region::kAttentionOut, layer.attention_out, attended_.floats(), hidden_stride_, hidden,
+            hidden_stride_, Epilogue::kResidual},
            count);
-  Multiply({layer.feed_forward_in, hidden, hidden_stride_, wide_.floats(), wide_stride_,
-            Epilogue::kGelu, layer.norm2_weight, layer.norm2_bias},
+  Multiply({Region::kFeedForwardIn, layer.feed_forward_in, hidden, hidden_stride_, wide_.floats(),
+            wide_stride_, Epilogue::kGelu, layer.norm2_weight, layer.norm2_bias},
            count);
-  Multiply({layer.feed_forward_out, wide_.floats(), wide_stride_, hidden, hidden_stride_,
-            Epilogue::kResidual},
+  Multiply({Region::kFeedForwardOut, layer.feed_forward_out, wide_.floats(), wide_stride_, hidden,
+            hidden_stride_, Epilogue::kResidual},
            count);
 }
 
@@ -269,11 +294,14 @@ void CpuDevice::Forward(const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   Grow(count);
   PlanAttention(rows);
-  pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
-    }
-  });
+  {
+    const Timed timed(times_, Region::kEmbed);
+    pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) {
+        weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
+      }
+    });
+  }
   for (int32_t i = 0; i < config_.num_layers; ++i) RunLayer(i, rows);
 }
 
@@ -283,9 +311,9 @@ void CpuDevice::ComputeLogits(int64_t first_row, int64_t count) {
                          "the logits of a step");
     logits_capacity_ = count;
   }
-  Multiply({weights_.head(), hidden_.floats() + first_row * hidden_stride_, hidden_stride_,
-            logits_.floats(), logits_stride_, cpu::Epilogue::kStore, weights_.final_norm_weight(),
-            weights_.final_norm_bias()},
+  Multiply({Region::kHead, weights_.head(), hidden_.floats() + first_row * hidden_stride_,
+            hidden_stride_, logits_.floats(), logits_stride_, cpu::Epilogue::kStore,
+            weights_.final_norm_weight(), weights_.final_norm_bias()},
            count);
 }
 
@@ -390,6 +418,7 @@ int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
 
 void CpuDevice::SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
                            DecodeResult* results) {
+  const Timed timed(times_, Region::kSample);
   std::exception_ptr failure;
   std::mutex failure_mutex;
   pool_.Run(static_cast<int64_t>(results_at.size()), 1,

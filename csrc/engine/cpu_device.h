@@ -14,6 +14,23 @@
 
 namespace fastgen::engine {
 
+// What a step is made of, in its order; the five in the middle once per layer.
+enum class Region {
+  kEmbed,
+  kQkv,
+  kAttention,
+  kAttentionOut,
+  kFeedForwardIn,
+  kFeedForwardOut,
+  kHead,
+  kSample,
+};
+constexpr int kNumRegions = 8;
+
+struct RegionTimes {
+  double seconds[kNumRegions] = {};
+};
+
 class CpuDevice : public Device {
  public:
   CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options);
@@ -27,7 +44,11 @@ class CpuDevice : public Device {
                  float* logits) override;
   double MeasureReadBandwidth(uint64_t bytes, int32_t passes) override;
 
+  // Adds the time of every region to `times` from now on, or of none if null. `times` must live as long.
+  void Measure(RegionTimes* times) { times_ = times; }
+
  private:
+  class Timed;
   struct Slot {
     bool open = false;
     bool finished = false;
@@ -88,6 +109,7 @@ class CpuDevice : public Device {
   BlockPool cache_;
   const PackedWeights weights_;
   DeviceInfo info_;
+  RegionTimes* times_ = nullptr;
   std::vector<Slot> slots_;
 
   // Row strides of the work space, in floats; see RowStride() for why they are odd in cache lines.

@@ -49,6 +49,11 @@ struct Product {
       }
       PackPanel(type, panel.data(), in, packed.data() + p * args.panel_bytes);
     }
+    held.resize(out * in);
+    for (int64_t column = 0; column < out; ++column) {
+      ReadColumn(type, packed.data() + column / kPanel * args.panel_bytes, in, column % kPanel,
+                 &held[column * in]);
+    }
     // What is past the end of a row must not matter.
     x.assign(rows * stride, __builtin_nanf(""));
     for (int64_t r = 0; r < rows; ++r) {
@@ -77,10 +82,7 @@ struct Product {
   void Run() { kernels.matmul(args, 0, panels); }
 
   // The weight that the panels hold, and the element of x that the kernel multiplies by it.
-  double WeightOf(int64_t k, int64_t column) const {
-    return WeightAt(args.type, packed.data() + column / kPanel * args.panel_bytes, k,
-                    column % kPanel);
-  }
+  double WeightOf(int64_t k, int64_t column) const { return held[column * in + k]; }
   double ElementOf(int64_t row, int64_t k) const {
     if (!prepared_bytes) return x[row * float_stride + k];
     const char* from = prepared.data() + row * prepared_bytes;
@@ -99,6 +101,7 @@ struct Product {
   MatmulArgs args;
   std::vector<char> packed, prepared;
   std::vector<float> x, y;
+  std::vector<float> held;  // [out, in], the weights that the panels hold
   int64_t prepared_bytes, float_stride;
 };
 
