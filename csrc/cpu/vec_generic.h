@@ -23,20 +23,6 @@ struct Vec {
     std::memcpy(&f, &bits, sizeof f);
     return f;
   }
-  static float FromHalf(uint16_t half) {
-    const uint32_t magnitude = half & 0x7fffu;
-    const uint32_t sign = (half & 0x8000u) << 16;
-    if (magnitude >= 0x7c00u) return FromBits(sign | 0x7f800000u | magnitude << 13);
-    // As a number of units of 2^-24 where it is subnormal.
-    if (magnitude < 0x0400u) {
-      const float value = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-      return sign ? -value : value;
-    }
-    return FromBits(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
-  }
-  static T LoadHalf(const uint16_t* p) {
-    return T{FromHalf(p[0]), FromHalf(p[1]), FromHalf(p[2]), FromHalf(p[3])};
-  }
   static T LoadBrain(const uint16_t* p) {
     T v;
     for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
@@ -58,6 +44,19 @@ struct Vec {
     return I{x, x, x, x};
   }
   static T FromInt(I v) { return __builtin_convertvector(v, T); }
+  static T LoadHalf(const uint16_t* p) {
+    typedef uint16_t Four __attribute__((vector_size(8), may_alias, aligned(2)));
+    const I half = __builtin_convertvector(*reinterpret_cast<const Four*>(p), I);
+    const I magnitude = half & SetAll(0x7fff);
+    const I shifted = magnitude << 13;
+    // All ones where it is infinite or NaN, and where it is a number of units of 2^-24.
+    const I odd = magnitude >= SetAll(0x7c00), small = magnitude < SetAll(0x0400);
+    const I units = reinterpret_cast<I>(FromInt(magnitude) * Set(0x1p-24f));
+    const I large = shifted + SetAll((127 - 15) << 23);
+    const I bits =
+        (small & units) | (~small & ~odd & large) | (odd & (shifted | SetAll(0x7f800000)));
+    return reinterpret_cast<T>(bits | (half & SetAll(0x8000)) << 16);
+  }
   // The two bfloat16 of a lane.
   static T LowBrain(I v) { return reinterpret_cast<T>(v << 16); }
   static T HighBrain(I v) { return reinterpret_cast<T>(v & SetAll(-65536)); }

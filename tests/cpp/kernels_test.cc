@@ -6,6 +6,7 @@
 #include <limits>
 #include <random>
 
+#include "base/half.h"
 #include "kernel_cases.h"
 
 namespace fastgen::cpu {
@@ -147,6 +148,30 @@ TEST(Kernels, ARowIsTheSameBitsInAnyCompany) {
         pieces.Run();
         ASSERT_EQ(pieces.y, alone.y) << name;
       });
+}
+
+// All finite numbers of 16 bits, subnormal ones too: 1 * w.
+TEST(Kernels, EveryNumberOfSixteenBits) {
+  for (const Kernels* kernels : Runnable()) {
+    for (const WeightType type : {WeightType::kFloat16, WeightType::kBFloat16}) {
+      const auto weight = [&](int64_t, int64_t bits) {
+        const auto half = static_cast<uint16_t>(bits);
+        const float value =
+            type == WeightType::kFloat16 ? base::HalfToFloat(half) : base::BrainToFloat(half);
+        return std::isfinite(value) ? value : 0.0f;
+      };
+      Product product(*kernels, type, 1, 1, 65536, weight, [](int64_t, int64_t) { return 1.0f; });
+      product.Run();
+      // The instruction for pairs of bfloat16 takes subnormal numbers for zero.
+      const bool flushed = type == WeightType::kBFloat16 && product.prepared_bytes;
+      for (int64_t bits = 0; bits < 65536; ++bits) {
+        const float expected = weight(0, bits);
+        const bool subnormal = std::fabs(expected) < std::numeric_limits<float>::min();
+        ASSERT_EQ(product.y[bits], flushed && subnormal ? 0.0f : expected)
+            << kernels->name << " " << WeightTypeName(type) << " bits " << bits;
+      }
+    }
+  }
 }
 
 // What a product is given for a row is the row, within half of a step of its group.
