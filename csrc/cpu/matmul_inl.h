@@ -1,10 +1,8 @@
 // Products with the panels of panels.h, for every type of weights. Part of kernels_inl.h, which
 // includes it inside of the namespace of the set.
 
-// Far enough ahead of the weight stream to hide memory latency between hardware-prefetched pages.
-constexpr int64_t kPrefetchBytes = 2048;
-
-inline void Prefetch(const char* w) { __builtin_prefetch(w + kPrefetchBytes); }
+// How far ahead of the weight stream is prefetched: what memory delivers within its latency.
+constexpr int64_t kPrefetchBytes = 8192;
 
 template <Epilogue E>
 inline void Finish(T acc, const float* bias, float* y) {
@@ -80,25 +78,37 @@ struct Int4 : Int8 {
   static Acc Mac(Acc acc, Raw w, const X& x) { return Vec::DotNibbles(acc, w, x); }
 };
 
-// acc[m][p * V + v] += what `units` units of row m of x (x_stride bytes apart) give with vector v of
-// panel p. One chain for each, from the first unit to the last.
-template <class W, int P, int M, int V>
-__attribute__((always_inline)) inline void Accumulate(const char* w, int64_t panel_bytes,
-                                                      const char* x, int64_t x_stride,
-                                                      int64_t units,
-                                                      typename W::Acc (&acc)[M][P * V]) {
+// Where a tile lies, and what it fetches ahead.
+struct Place {
+  int64_t row;
+  const char* panel;
+  int64_t column;     // of the product, the panel's first
+  int64_t first;      // column of the panel
+  const char* ahead;  // bytes of the weights that are fetched first
+  int64_t share;      // of how many tiles that fetch together what one alone would
+};
+
+// What is fetched while a line is worked on: the lines at `at`, which is `step` bytes on at the next.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// acc[m][v] += what `units` units of row m of x (x_stride bytes apart) give with vector v of the lines
+// from w on. One chain for each, from the first unit to the last.
+template <class W, int M, int V>
+__attribute__((always_inline)) inline void Accumulate(const char* w, const char* x,
+                                                      int64_t x_stride, int64_t units, Ahead* ahead,
+                                                      typename W::Acc (&acc)[M][V]) {
   constexpr int64_t kBytes = V * kWidth * W::kColumnBytes;  // of a line that are read
+  const char* at = ahead->at;
+  const int64_t step = ahead->step;
   for (int64_t unit = 0; unit < units; unit += W::kParts) {
-    typename W::Raw raw[P * V];
+    typename W::Raw raw[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < P * V; ++v) {
-      raw[v] = W::Load(w + v / V * panel_bytes + v % V * kWidth * W::kColumnBytes);
-    }
+    for (int v = 0; v < V; ++v) raw[v] = W::Load(w + v * kWidth * W::kColumnBytes);
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 16
-      for (int line = 0; line * 64 < kBytes; ++line) Prefetch(w + p * panel_bytes + line * 64);
-    }
+    for (int line = 0; line * 64 < kBytes; ++line) __builtin_prefetch(at + line * 64);
 #pragma GCC unroll 2
     for (int part = 0; part < W::kParts; ++part) {
       if (part > 0 && unit + part >= units) break;
@@ -106,34 +116,36 @@ __attribute__((always_inline)) inline void Accumulate(const char* w, int64_t pan
       for (int m = 0; m < M; ++m) {
         const typename W::X a = W::SetX(x + m * x_stride + (unit + part) * 4);
 #pragma GCC unroll 16
-        for (int v = 0; v < P * V; ++v) acc[m][v] = W::Mac(acc[m][v], W::Part(raw[v], part), a);
+        for (int v = 0; v < V; ++v) acc[m][v] = W::Mac(acc[m][v], W::Part(raw[v], part), a);
       }
     }
     w += kPanel * W::kColumnBytes;
+    at += step;
   }
+  ahead->at = at;
 }
 
-// M rows by V vectors of P neighbouring panels, from column `first` of each panel on. With one row
-// several panels are worked on at once, for else there are too few chains to keep the multipliers busy.
-template <class W, int P, int M, int V, Epilogue E>
-void Tile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first, int64_t column) {
-  constexpr int kVecs = P * V;
-  const char* x = static_cast<const char*>(args.x) + row * args.x_stride;
+// M rows by V vectors of a panel, from its column `first` on.
+template <class W, int M, int V, Epilogue E>
+void Tile(const MatmulArgs& args, const Place& place) {
+  const char* panel = place.panel;
+  const int64_t first = place.first;
+  const char* x = static_cast<const char*>(args.x) + place.row * args.x_stride;
   const int64_t x_stride = args.x_stride;
-  const int64_t panel_bytes = args.panel_bytes;
-  T acc[M][kVecs];
+  Ahead ahead{place.ahead, kPanel * W::kColumnBytes / place.share};
+  T acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) acc[m][v] = Vec::Set(0.0f);
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
   if constexpr (!W::kGrouped) {
-    Accumulate<W, P, M, V>(panel + first * W::kColumnBytes, panel_bytes, x, x_stride,
-                           W::Units(args.in), acc);
+    Accumulate<W, M, V>(panel + first * W::kColumnBytes, x, x_stride, W::Units(args.in), &ahead,
+                        acc);
   } else {
     // Whole numbers within a group, and one chain of floats over the groups.
     for (int64_t begin = 0; begin < args.in; begin += kGroup) {
-      Vec::I part[M][kVecs];
+      Vec::I part[M][V];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
@@ -141,22 +153,23 @@ void Tile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first,
                                   ? Vec::ZeroInt()
                                   : Vec::SetInt(reinterpret_cast<const char*>(&group->offset));
 #pragma GCC unroll 16
-        for (int v = 0; v < kVecs; ++v) part[m][v] = offset;
+        for (int v = 0; v < V; ++v) part[m][v] = offset;
       }
-      Accumulate<W, P, M, V>(panel + 2 * kPanel + first * W::kColumnBytes, panel_bytes,
-                             x + offsetof(QuantizedGroup, q), x_stride, kGroup / 4, part);
-      T scale[kVecs];
+      __builtin_prefetch(ahead.at);
+      ahead.at += 2 * kPanel / place.share;
+      Accumulate<W, M, V>(panel + 2 * kPanel + first * W::kColumnBytes,
+                          x + offsetof(QuantizedGroup, q), x_stride, kGroup / 4, &ahead, part);
+      T scale[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) {
-        scale[v] = Vec::LoadHalf(reinterpret_cast<const uint16_t*>(panel + v / V * panel_bytes) +
-                                 first + v % V * kWidth);
+      for (int v = 0; v < V; ++v) {
+        scale[v] = Vec::LoadHalf(reinterpret_cast<const uint16_t*>(panel) + first + v * kWidth);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
         const T step = Vec::Set(group->scale);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVecs; ++v) {
+        for (int v = 0; v < V; ++v) {
           acc[m][v] = Vec::Fma(Vec::FromInt(part[m][v]), Vec::Mul(scale[v], step), acc[m][v]);
         }
       }
@@ -167,21 +180,21 @@ void Tile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first,
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = column + v / V * kPanel + first + v % V * kWidth;
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = place.column + first + v * kWidth;
       Finish<E>(acc[m][v], args.bias ? args.bias + at : nullptr,
-                args.y + (row + m) * args.ldy + at);
+                args.y + (place.row + m) * args.ldy + at);
     }
   }
 }
 
-using TileFn = void (*)(const MatmulArgs&, int64_t, const char*, int64_t, int64_t);
+using TileFn = void (*)(const MatmulArgs&, const Place&);
 
 // Entry m - 1 of a table is the tile of m rows.
 template <class W, int V, Epilogue E, int... M>
 struct Table {
   static constexpr int kMost = sizeof...(M);
-  static constexpr TileFn kTiles[] = {Tile<W, 1, M, V, E>...};
+  static constexpr TileFn kTiles[] = {Tile<W, M, V, E>...};
 };
 
 // Tables of as many rows as the registers of the set hold.
@@ -192,9 +205,6 @@ using TableOf =
                                           std::conditional_t<(kMost >= 3), Table<W, V, E, 1, 2, 3>,
                                                              Table<W, V, E, 1>>>>;
 
-// Panels of one row that are worked on at once, within the registers of the set.
-constexpr int kTogether = kWidth == 16 ? 4 : 1;
-
 template <class W, Epilogue E>
 void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
   constexpr int kShare = W::kGrouped ? 2 : 1;  // sums of groups take as many registers again
@@ -204,23 +214,22 @@ void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
   const int64_t tallest = Full::kMost >= args.rows ? Full::kMost : Part::kMost;
   const int64_t tiles = (args.rows + tallest - 1) / tallest;
   const int64_t panel_bytes = args.panel_bytes;
-  int64_t panel = begin;
-  if constexpr (kTogether > 1) {
-    for (; args.rows == 1 && panel + kTogether <= end; panel += kTogether) {
-      const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
-      Tile<W, kTogether, 1, kPanelVecs, E>(args, 0, w, 0, panel * kPanel);
-    }
-  }
-  for (; panel < end; ++panel) {
-    const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const char* const w = static_cast<const char*>(args.panels) + panel * panel_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = args.rows * t / tiles;
       const int64_t m = args.rows * (t + 1) / tiles - row;
+      // One tile fetches a little ahead; of several, each fetches its share of the next panel.
+      const char* const ahead =
+          tiles == 1 ? w + kPrefetchBytes : w + panel_bytes + panel_bytes * t / tiles;
+      const Place place{row, w, panel * kPanel, 0, ahead, tiles};
       if (m <= Full::kMost) {
-        Full::kTiles[m - 1](args, row, w, 0, panel * kPanel);
+        Full::kTiles[m - 1](args, place);
       } else if constexpr (Part::kMost > Full::kMost) {
         for (int v = 0; v < kPanelVecs; v += Vec::kPartVecs) {
-          Part::kTiles[m - 1](args, row, w, v * kWidth, panel * kPanel);
+          Place part = place;
+          part.first = v * kWidth;
+          Part::kTiles[m - 1](args, part);
         }
       }
     }
