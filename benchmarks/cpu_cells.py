@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from fastgen.bench import SHAPES
 
+GOAL_SHAPE = "medium"
 STEPS = 32  # of a decode sample, after each sequence's first new token
 MAX_POSITIONS = 1024
 VOCAB_SIZE = 50257
@@ -124,10 +125,6 @@ class Cell:
         """Positions of all sequences in the middle of the steps."""
         return self.batch * (self.context + 1 + STEPS / 2)
 
-    def weight_bytes(self, dtype: str) -> float:
-        """Bytes of a model of the shape."""
-        return Cell("decode", self.shape, 0, 0, 1).step_bytes(dtype)
-
 
 def layer_weights(shape: str) -> int:
     """Layers times the square of the hidden size: a twelfth of the weights in the layers."""
@@ -181,7 +178,7 @@ def preset(name: str, shape: str | None = None, threads: int | None = None) -> l
         threads: most of a contestant; None: as many as there are processors for this process.
     """
     count = len(os.sched_getaffinity(0)) if threads is None else threads
-    medium = shape or "medium"
+    medium = shape or GOAL_SHAPE
     if name == "full":
         parts = ("goals", "contexts", "batches", "threads", "shapes")
         cells = [cell for part in parts for cell in preset(part, shape, count)]

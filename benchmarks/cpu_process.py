@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from fastgen._capi import find_library
+
 ROOT = Path(__file__).resolve().parents[1]
 _SECONDS = 1800.0  # the longest that an answer may take: an XL model is converted in it
 
@@ -36,6 +38,9 @@ class WorkerProcess:
         count = str(threads)
         environment = {
             **os.environ,
+            # Modules of this checkout, with the library that this process uses, wherever it runs.
+            "PYTHONPATH": str(ROOT),
+            "FASTGEN_LIBRARY": str(find_library()),
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "OPENBLAS_NUM_THREADS": count,

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.cpu_cells import (
     CONTESTANTS,
     FASTGEN,
+    GOAL_SHAPE,
     GOALS,
     PEAKS,
     PRECISIONS,
@@ -205,11 +206,25 @@ def _verdict(run: Run, goal: Goal, cell: str) -> Verdict:
     )
     if theirs is None:
         return Verdict(goal, None, goal.against)
-    name = f"{theirs['who']} {theirs['variant']}"
+    name = f"{theirs['who']} {theirs['variant']}{_absent(run, goal, cell)}"
     if ours is None:
         return Verdict(goal, None, name)
     ratio = ours["tokens_per_s"]["median"] / theirs["tokens_per_s"]["median"]
     return Verdict(goal, ratio, name)
+
+
+def _absent(run: Run, goal: Goal, cell: str) -> str:
+    """Which peers the best was chosen without."""
+    if goal.against != "best":
+        return ""
+    missing = [
+        contestant.who
+        for contestant in CONTESTANTS
+        if contestant.who != FASTGEN
+        and contestant.dtype == goal.dtype
+        and run.find(cell, contestant.key) is None
+    ]
+    return f" (without {', '.join(missing)})" if missing else ""
 
 
 def goals_table(run: Run, shape: str, threads: int) -> str:
@@ -222,6 +237,8 @@ def goals_table(run: Run, shape: str, threads: int) -> str:
         word = {True: "met", False: "MISSED", None: "not measured"}[verdict.holds]
         found = _shown(goal, verdict.figure)
         lines.append(f"{name:25} {wanted:>8} {found:>8} {word:6} {verdict.against}")
+    if shape != GOAL_SHAPE:
+        lines.append(f"(the goals are about {GOAL_SHAPE})")
     return "\n".join(lines)
 
 

@@ -41,9 +41,9 @@ class Contestant:
 
     def about(self) -> dict[str, Any]:
         """Version, and what OpenVINO chose by itself."""
-        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS")
-        chosen = {name.lower(): str(self._compiled.get_property(name)) for name in names}
-        return {"version": _VERSION, **chosen}
+        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        types = {name.lower(): self._compiled.get_property(name) for name in names}
+        return {"version": _VERSION, **{k: t.get_type_name() for k, t in types.items()}}
 
     def make_room(self, rows: int, positions: int) -> None:
         """Nothing: it makes its cache while it runs."""

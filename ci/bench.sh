@@ -22,6 +22,7 @@ ci/env.sh paddle26 build paddle26
 env=.venv/bench
 if [[ "$(cat "$env/.torch" 2>/dev/null)" != "$torch" ]]; then
   "$env/bin/python" -m pip install -qq --disable-pip-version-check --no-input "torch==$torch"
+  echo "PyTorch is there; that torchvision is missing is meant" >&2
   echo "$torch" >"$env/.torch"
 fi
 if [[ -z "${FASTGEN_LIBRARY:-}" ]]; then
