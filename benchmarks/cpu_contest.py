@@ -103,20 +103,28 @@ class Contest:
                 if contestant.dtype in precisions
                 and any(contestant in self._plan.taking_part(cell) for cell in cells)
             ]
-            for seat in seats:
-                self._convert(seat)
-            free = 0.8 * psutil.virtual_memory().available
-            together = sum(map(self._bytes, seats)) < free
-            for group in [seats] if together else [[seat] for seat in seats]:
-                self._sit_down(group)
-                for cell in cells:
-                    taking_part = self._plan.taking_part(cell)
-                    self._take_turns(
-                        cell, [s for s in group if s.contestant in taking_part], not together
-                    )
-                    saved()
-                for seat in group:
+            try:
+                self._measure_group(seats, cells, saved)
+            finally:
+                for seat in seats:
                     seat.close()
+
+    def _measure_group(
+        self, seats: list[Seat], cells: list[Cell], saved: Callable[[], None]
+    ) -> None:
+        for seat in seats:
+            self._convert(seat)
+        free = 0.8 * psutil.virtual_memory().available
+        together = sum(map(self._bytes, seats)) < free
+        for group in [seats] if together else [[seat] for seat in seats]:
+            self._sit_down(group)
+            for cell in cells:
+                taking_part = self._plan.taking_part(cell)
+                turns = [seat for seat in group if seat.contestant in taking_part]
+                self._take_turns(cell, turns, not together)
+                saved()
+            for seat in group:
+                seat.close()
 
     def _bytes(self, seat: Seat) -> float:
         contestant = seat.contestant

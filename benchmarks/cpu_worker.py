@@ -13,10 +13,12 @@ An answer with ``error`` says in a line what went wrong.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +47,7 @@ _MODULES = {
     TORCH: "torch",
     PADDLENLP: "paddlenlp",
 }
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ class Worker:
 
 def main() -> None:
     """Answers until there are no more commands."""
+    # A stopped process would outlive the one that stopped it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries print; their words go to the log and leave the answers alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)

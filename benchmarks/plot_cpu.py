@@ -124,7 +124,11 @@ def figures(run: report.Run) -> Iterator[tuple[str, Any]]:
     for along in ("context", "batch", "threads", "shape"):
         # Two processors make two points.
         for same, curve in curves(run, along, least=2 if along == "threads" else 3):
-            place = "_".join(f"{name[0]}{value}" for name, value in same.items() if name != "kind")
+            place = "_".join(
+                value if name == "shape" else f"{name[0]}{value}"
+                for name, value in same.items()
+                if name != "kind"
+            )
             yield f"cpu_{along}_{same['kind']}_{place}", draw_curve(run, along, same, curve)
 
 
