@@ -60,6 +60,11 @@ def baseline(name: str, chosen: Path | None) -> Path | None:
     return path if path.exists() else None
 
 
+def _without_root(text: str) -> str:
+    """Paths as from the checkout: files that are committed tell nobody where it was."""
+    return text.replace(f"{ROOT}/", "")
+
+
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--preset",
@@ -144,7 +149,7 @@ def main(
     before = None if found is None else report.read(found)
     run = report.Run(
         {
-            "command": "python -m benchmarks.cpu " + shlex.join(sys.argv[1:]),
+            "command": "python -m benchmarks.cpu " + _without_root(shlex.join(sys.argv[1:])),
             "preset": name,
             "rounds": rounds,
             "machine": {},

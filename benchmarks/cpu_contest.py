@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cpu_cells import CONTESTANTS, OPENVINO, PADDLENLP, PEAKS, STEPS, Cell, Contestant
+from benchmarks.cpu_cells import CONTESTANTS, OPENVINO, PEAKS, STEPS, Cell, Contestant
 from benchmarks.cpu_limits import Limits
 from benchmarks.cpu_models import write_model
 from benchmarks.cpu_process import WorkerError, WorkerProcess
@@ -19,7 +19,7 @@ from benchmarks.cpu_report import Run, line
 TOGETHER = (("float32",), ("bfloat16", "float16"), ("int8",), ("int4",))
 _WARM_STEPS = 2
 _PROCESS_BYTES = 0.4e9  # of Python and its libraries
-_COPIES = {OPENVINO: 2.0, PADDLENLP: 2.0}  # of the weights, in those that hold more than one
+_COPIES = {OPENVINO: 2.0}  # of the weights: the file's and its own; others hold little beside one
 
 
 @dataclass
@@ -114,8 +114,12 @@ class Contest:
     ) -> None:
         for seat in seats:
             self._convert(seat)
+        able = [seat for seat in seats if not seat.why]
         free = 0.8 * psutil.virtual_memory().available
-        together = sum(map(self._bytes, seats)) < free
+        together = sum(map(self._bytes, able)) < free
+        if not together:
+            names = ", ".join(seat.contestant.key for seat in able)
+            self._plan.say(f"one after the other, for want of memory: {names}")
         for group in [seats] if together else [[seat] for seat in seats]:
             self._sit_down(group)
             for cell in cells:

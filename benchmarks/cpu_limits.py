@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
         "flags": sorted(flags),
         "processors": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
