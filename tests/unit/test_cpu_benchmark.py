@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,37 @@ def test_fastgen_answers_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert first == one.ask("sample", kind="prefill", **sample)["tokens"]
     finally:
         one.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the peaks are compiled")
+@pytest.mark.parametrize("together", [True, False])
+def test_a_run_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Two weight types of fastgen, and a peer whose environment is missing."""
+    from fastgen.bench import SHAPES
+
+    contest, limits = _load("cpu_contest"), _load("cpu_limits")
+    monkeypatch.setitem(SHAPES, "tiny", (1, 16, 2))
+    monkeypatch.setattr(limits, "_BANDWIDTH_BYTES", 1 << 22)
+    if not together:
+        monkeypatch.setattr(contest, "_PROCESS_BYTES", 1e18)
+    keys = ("fastgen:float32", "fastgen:float16", "paddlenlp:float32")
+    places = [("decode", 2, 4), ("prefill", 1, 9)]
+    wanted = [cells.Cell(kind, "tiny", rows, n, 1, keys) for kind, rows, n in places]
+    run = report.Run({"machine": {}, "contestants": {}})
+    pythons = cpu.interpreters((f"paddlenlp={tmp_path / 'nowhere'}",))
+    output = tmp_path / "run.json"
+    cpu.measure(run, wanted, keys, pythons, 2, 60.0, tmp_path / "models", output)
+    assert report.read(output).to_dict() == run.to_dict()
+    for cell in wanted:
+        for key in keys[:2]:
+            result = run.find(cell.key, key)
+            assert len(result["tokens_per_s"]["samples"]) == 2
+            assert result["alone"] is not together
+            if cell.kind == "decode":
+                assert len(result["share"]["samples"]) == 2
+    missing = [r for r in run.results if r["who"] == "paddlenlp"]
+    assert [r["why"] for r in missing] == ["there is no nowhere: see ci/bench.sh"] * 2
+    assert run.about["contestants"]["paddlenlp:float32"] == {"why": missing[0]["why"]}
+    assert run.about["contestants"]["fastgen:float16"]["step_bytes"] > 0
