@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cuda_cells import COMPILED, GOALS, GRAPH, HF_EAGER, HF_STATIC, STREAM, Cell, Goal
+from benchmarks.files import read_json, write_json
 
 FASTGEN = "fastgen"
 
@@ -134,16 +134,12 @@ class Run:
 
 def write(path: Path, runs: list[Run]) -> None:
     """Writes runs as one file, whole or not at all."""
-    text = json.dumps({"runs": [run.to_dict() for run in runs]}, indent=1) + "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_json(path, {"runs": [run.to_dict() for run in runs]})
 
 
 def read(path: Path) -> list[Run]:
     """Runs of a file."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return [Run.from_dict(run) for run in values["runs"]]
+    return [Run.from_dict(run) for run in read_json(path)["runs"]]
 
 
 def line(run: Run, result: dict[str, Any]) -> str:

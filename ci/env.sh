@@ -53,7 +53,8 @@ make_environment() {
   rm -rf "$env"
   "$python" -m venv "$env"
   # In order: the first lock brings what source distributions in the next ones are built with.
-  for lock in "${locks[@]}"; do pip_install "$env" --require-hashes -r "$lock"; done
+  # A lock is complete, or leaves out what it means to (ci/lock/override-bench.in): pip adds nothing.
+  for lock in "${locks[@]}"; do pip_install "$env" --require-hashes --no-deps -r "$lock"; done
   echo "$stamp" >"$env/.locks"
 }
 

@@ -23,6 +23,10 @@ else
   .venv/lock/bin/python -m pip install --quiet -r ci/lock/uv.in
 fi
 
+# How far a lock may go: the set that PaddleNLP works with, or what the peers of the benchmark need.
+with_paddle=(--constraints ci/lock/constraints-paddle.in)
+beside_paddle=(--override ci/lock/override-bench.in)
+
 # resolve <lock> <input>...
 resolve() {
   local lock="ci/lock/$1.txt" inputs=() input
@@ -30,7 +34,7 @@ resolve() {
   for input in "$@"; do inputs+=("ci/lock/$input.in"); done
   .venv/lock/bin/uv pip compile --quiet --generate-hashes --python-version 3.11 \
     --no-emit-index-url --no-emit-find-links --no-emit-build-options \
-    --constraints ci/lock/constraints-paddle.in "${upgrade[@]}" \
+    "${bounds[@]}" "${upgrade[@]}" \
     --custom-compile-command "ci/lock.sh" --output-file "$lock" "${inputs[@]}" >/dev/null
   # A lock file names packages, never where this machine got them.
   if grep -nE '://|^(-i|-f|--[a-z-]*(index|find-links))' "$lock"; then
@@ -40,6 +44,7 @@ resolve() {
   echo "$lock: $(grep -c '^[a-zA-Z0-9]' "$lock") packages"
 }
 
+bounds=("${with_paddle[@]}")
 resolve uv uv
 resolve build build
 resolve googletest googletest
@@ -52,3 +57,5 @@ resolve docs run docs
 resolve paddle26 run test paddle26
 resolve paddle33 run test paddle33
 resolve paddle26gpu run test paddle26gpu
+bounds=("${beside_paddle[@]}")
+resolve bench run bench

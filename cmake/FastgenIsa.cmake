@@ -1,12 +1,17 @@
 # One file of kernels per instruction set, each compiled with its own flags and only if the compiler
 # has them. csrc/cpu/dispatch.cc sees FASTGEN_HAVE_<ISA> for each set that is in the library.
 #
-#   -DFASTGEN_WITHOUT_AVX512=ON    as if the compiler did not have this set; AVX2 likewise
+#   -DFASTGEN_WITHOUT_AVX512=ON    as if the compiler did not have this set; others likewise
 include(CheckCXXSourceCompiles)
 
 set(FASTGEN_FLAGS_generic "")
 set(FASTGEN_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(FASTGEN_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl)
+# A set of another set and more: left out where the other is.
+set(FASTGEN_BASE_avx512_vnni avx512)
+set(FASTGEN_BASE_avx512_bf16 avx512_vnni)
+set(FASTGEN_FLAGS_avx512_vnni ${FASTGEN_FLAGS_avx512} -mavx512vnni)
+set(FASTGEN_FLAGS_avx512_bf16 ${FASTGEN_FLAGS_avx512_vnni} -mavx512bf16)
 
 # An intrinsic that needs the whole set: a compiler that knows the flags but not the instructions
 # (or one for another processor) is found out here.
@@ -27,8 +32,26 @@ int main() {
   return _mm256_cvtss_f32(y) == 7.f;
 }]])
 
+set(FASTGEN_PROBE_avx512_vnni [[
+#include <immintrin.h>
+int main() {
+  __m512i x = _mm512_set1_epi8(1);
+  x = _mm512_dpbusd_epi32(x, x, x);
+  return _mm_cvtsi128_si32(_mm512_castsi512_si128(x)) == 7;
+}]])
+set(FASTGEN_PROBE_avx512_bf16 [[
+#include <immintrin.h>
+int main() {
+  __m512 x = _mm512_set1_ps(1.f);
+  __m512bh pairs = _mm512_cvtne2ps_pbh(x, x);
+  x = _mm512_dpbf16_ps(x, pairs, pairs);
+  return _mm512_cvtss_f32(x) == 7.f;
+}]])
+
 option(FASTGEN_WITHOUT_AVX2 "Leave out the kernels for AVX2" OFF)
 option(FASTGEN_WITHOUT_AVX512 "Leave out the kernels for AVX-512" OFF)
+option(FASTGEN_WITHOUT_AVX512_VNNI "Leave out the kernels for AVX-512 with VNNI" OFF)
+option(FASTGEN_WITHOUT_AVX512_BF16 "Leave out the kernels for AVX-512 with VNNI and BF16" OFF)
 
 function(fastgen_add_isa target isa)
   set(source "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/kernels_${isa}.cc")
@@ -39,6 +62,11 @@ function(fastgen_add_isa target isa)
   if(DEFINED FASTGEN_PROBE_${isa})
     if(FASTGEN_WITHOUT_${isa_upper})
       message(STATUS "Kernels ${isa}: left out, FASTGEN_WITHOUT_${isa_upper} is on")
+      return()
+    endif()
+    get_property(isas GLOBAL PROPERTY FASTGEN_ISAS)
+    if(DEFINED FASTGEN_BASE_${isa} AND NOT FASTGEN_BASE_${isa} IN_LIST isas)
+      message(STATUS "Kernels ${isa}: left out, as ${FASTGEN_BASE_${isa}} is")
       return()
     endif()
     string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${FASTGEN_FLAGS_${isa}}")

@@ -49,7 +49,7 @@ Continues prompts. Without any they are read from standard input, as texts.
   --cache_dtype T           type of keys and values: on the CPU float32, float16, bfloat16 or int8
                             [float32; on cuda what goes with the weights]
   --threads N               threads of the CPU [all processors]
-  --isa NAME                kernel set: generic, avx2 or avx512 [the best]
+  --isa NAME                kernel set, as avx2 [the best of this machine]
   --stream                  print tokens as they come; of one sequence, or with --json
   --bench                   repeat the request and print how long it takes
   --json                    print JSON: one object; with --stream one for each piece before it

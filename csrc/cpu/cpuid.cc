@@ -17,9 +17,9 @@ struct Registers {
   uint32_t a = 0, b = 0, c = 0, d = 0;
 };
 
-Registers Leaf(uint32_t leaf) {
+Registers Leaf(uint32_t leaf, uint32_t part = 0) {
   Registers r;
-  if (!__get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d)) return Registers();
+  if (!__get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d)) return Registers();
   return r;
 }
 
@@ -47,10 +47,16 @@ bool avx512() {
   return avx2() && (SavedState() & kZmmState) == kZmmState && (Leaf(7).b & leaf7) == leaf7;
 }
 
+bool avx512_vnni() { return avx512() && (Leaf(7).c & (1u << 11)) != 0; }
+
+bool avx512_bf16() { return avx512_vnni() && (Leaf(7, 1).a & (1u << 5)) != 0; }
+
 #else
 
 bool avx2() { return false; }
 bool avx512() { return false; }
+bool avx512_vnni() { return false; }
+bool avx512_bf16() { return false; }
 
 #endif
 

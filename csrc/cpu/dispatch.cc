@@ -19,6 +19,16 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 #endif
+#if defined(FASTGEN_HAVE_AVX512_VNNI)
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
+#endif
+#if defined(FASTGEN_HAVE_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+#endif
 
 const std::vector<const Kernels*>& AllKernels() {
   static const std::vector<const Kernels*> all = {
@@ -28,6 +38,12 @@ const std::vector<const Kernels*>& AllKernels() {
 #endif
 #if defined(FASTGEN_HAVE_AVX512)
       &avx512::kKernels,
+#endif
+#if defined(FASTGEN_HAVE_AVX512_VNNI)
+      &avx512_vnni::kKernels,
+#endif
+#if defined(FASTGEN_HAVE_AVX512_BF16)
+      &avx512_bf16::kKernels,
 #endif
   };
   return all;

@@ -21,18 +21,25 @@ enum class Epilogue {
 };
 
 struct MatmulArgs {
-  const float* x;  // [rows, in], row stride ldx
-  int64_t ldx;
+  const void* x;     // [rows], float32 [in] each, or what `prepare` made of it
+  int64_t x_stride;  // bytes
   int64_t rows;
   int64_t in;
   const void* panels;   // ceil(out / kPanel) of them, one after the other: see panels.h
   int64_t panel_bytes;  // PanelBytes(type, in)
-  WeightType type;      // of the weights; sums and activations are float32
+  WeightType type;      // of the weights; sums are float32
   const float* bias;    // [out], or null
   int64_t out;
   float* y;  // [rows, out], row stride ldy
   int64_t ldy;
   Epilogue epilogue;
+};
+
+// kGroup activations of a row in 8 bits: each is about scale * q.
+struct QuantizedGroup {
+  int32_t offset;  // -(sum of q) * what the stored bytes of the weights are more than the weights
+  float scale;
+  int8_t q[kGroup];
 };
 
 // Rows of a sequence that attention takes at once.
@@ -63,6 +70,10 @@ struct Kernels {
   const char* name;
   bool (*supported)();  // processor and operating system can run this table
 
+  // Bytes of a row of `in` activations as `matmul` takes it for weights of this type, or 0: as it is.
+  int64_t (*prepared_bytes)(WeightType type, int64_t in);
+  // Makes such a row: bfloat16 pairs, or for integer weights a QuantizedGroup for every kGroup.
+  void (*prepare)(WeightType type, const float* x, int64_t in, void* prepared);
   // Panels [begin, end) of y = epilogue(x W + b).
   void (*matmul)(const MatmulArgs& args, int64_t panel_begin, int64_t panel_end);
   // y = (x - mean) / sqrt(var + eps) * weight + bias over n elements.

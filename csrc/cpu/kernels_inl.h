@@ -2,6 +2,7 @@
 // which defines FASTGEN_KERNELS_ISA and compiles with that set's flags. Everything here is in the
 // set's own namespace and no inline function comes from the standard library, so that the linker can
 // never hand another set's code to a machine that cannot run it.
+#include <cstddef>
 #include <type_traits>
 
 #include "cpu/cpuid.h"
@@ -184,6 +185,8 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     FASTGEN_STRING(FASTGEN_KERNELS_ISA),
     cpuid::FASTGEN_KERNELS_ISA,
+    PreparedBytes,
+    Prepare,
     Matmul,
     LayerNorm,
     WriteCache,

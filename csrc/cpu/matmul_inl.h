@@ -1,10 +1,8 @@
 // Products with the panels of panels.h, for every type of weights. Part of kernels_inl.h, which
 // includes it inside of the namespace of the set.
 
-// Far enough ahead of the weight stream to hide memory latency between hardware-prefetched pages.
-constexpr int64_t kPrefetchBytes = 2048;
-
-inline void Prefetch(const char* w) { __builtin_prefetch(w + kPrefetchBytes); }
+// How far ahead of the weight stream is prefetched: what memory delivers within its latency.
+constexpr int64_t kPrefetchBytes = 8192;
 
 template <Epilogue E>
 inline void Finish(T acc, const float* bias, float* y) {
@@ -14,169 +12,189 @@ inline void Finish(T acc, const float* bias, float* y) {
   Vec::Store(y, v);
 }
 
-template <int M, int V, Epilogue E>
-inline void FinishTile(const MatmulArgs& args, int64_t row, int64_t column, const T (&acc)[M][V]) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    float* y = args.y + (row + m) * args.ldy + column;
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      Finish<E>(acc[m][v], args.bias ? args.bias + column + v * kWidth : nullptr, y + v * kWidth);
-    }
+// How the lines of a panel are read. A line is what lies side by side for all columns, one row of the
+// panel or several. It is loaded as it is (Raw) and has kParts parts; a part is multiplied by one unit
+// of a row of x, which has four bytes: a float, two bfloat16 or four int8.
+template <int64_t kBytes, int kPartsOfLine>
+struct FloatLine {
+  using Acc = T;
+  using X = T;
+  static constexpr int64_t kColumnBytes = kBytes;
+  static constexpr int kParts = kPartsOfLine;
+  static constexpr bool kGrouped = false;
+  static int64_t Units(int64_t in) { return in; }
+  static X SetX(const char* x) { return Vec::Set(*reinterpret_cast<const float*>(x)); }
+  static T Mac(T acc, T w, X x) { return Vec::Fma(x, w, acc); }
+};
+struct Float32 : FloatLine<4, 1> {
+  using Raw = T;
+  static T Load(const char* w) { return Vec::Load(reinterpret_cast<const float*>(w)); }
+  static T Part(T raw, int) { return raw; }
+};
+struct Float16 : FloatLine<2, 1> {
+  using Raw = T;
+  static T Load(const char* w) { return Vec::LoadHalf(reinterpret_cast<const uint16_t*>(w)); }
+  static T Part(T raw, int) { return raw; }
+};
+struct BFloat16 : FloatLine<4, 2> {
+  using Raw = Vec::I;
+  static Vec::I Load(const char* w) { return Vec::LoadInt(w); }
+  static T Part(Vec::I raw, int part) {
+    return part == 0 ? Vec::LowBrain(raw) : Vec::HighBrain(raw);
   }
-}
-
-// How rows of a panel are read: `w` is a row's, or a pair of rows', first column of the tile.
-struct Float32 {
+};
+// bfloat16 by bfloat16, where the set multiplies pairs.
+template <class V>
+struct BrainPairs {
+  using Raw = Vec::I;
+  using Acc = T;
+  using X = Vec::I;
   static constexpr int64_t kColumnBytes = 4;
-  static T Load(const char* w, int v) {
-    return Vec::Load(reinterpret_cast<const float*>(w) + v * kWidth);
-  }
-};
-struct BFloat16 {
-  static constexpr int64_t kColumnBytes = 2;
-  static T Load(const char* w, int v) {
-    return Vec::LoadBrain(reinterpret_cast<const uint16_t*>(w) + v * kWidth);
-  }
-};
-struct Float16 {
-  static constexpr int64_t kColumnBytes = 2;
-  static T Load(const char* w, int v) {
-    return Vec::LoadHalf(reinterpret_cast<const uint16_t*>(w) + v * kWidth);
-  }
+  static constexpr int kParts = 1;
+  static constexpr bool kGrouped = false;
+  static int64_t Units(int64_t in) { return (in + 1) / 2; }
+  static Raw Load(const char* w) { return Vec::LoadInt(w); }
+  static Raw Part(Raw raw, int) { return raw; }
+  static X SetX(const char* x) { return Vec::SetInt(x); }
+  static T Mac(T acc, Raw w, X x) { return V::DotBrain(acc, w, x); }
 };
 struct Int8 {
-  static constexpr int64_t kRows = 1;  // in one row of bytes
-  static T Load(const char* w, int v, int) {
-    return Vec::LoadInt8(reinterpret_cast<const int8_t*>(w) + v * kWidth);
-  }
+  using Raw = Vec::I;
+  using Acc = Vec::I;
+  using X = Vec::Quad;
+  static constexpr int64_t kColumnBytes = 4;
+  static constexpr int kParts = 1;
+  static constexpr bool kGrouped = true;
+  static Raw Load(const char* w) { return Vec::LoadInt(w); }
+  static Raw Part(Raw raw, int) { return raw; }
+  static X SetX(const char* x) { return Vec::SetQuad(x); }
+  static Acc Mac(Acc acc, Raw w, const X& x) { return Vec::DotBytes(acc, w, x); }
 };
-struct Int4 {
-  static constexpr int64_t kRows = 2;
-  static T Load(const char* w, int v, int half) {
-    const auto* const bytes = reinterpret_cast<const uint8_t*>(w) + v * kWidth;
-    return half == 0 ? Vec::LoadLowInt4(bytes) : Vec::LoadHighInt4(bytes);
+struct Int4 : Int8 {
+  static constexpr int kParts = 2;
+  static Raw Part(Raw raw, int part) {
+    return part == 0 ? Vec::LowNibbles(raw) : Vec::HighNibbles(raw);
   }
+  static Acc Mac(Acc acc, Raw w, const X& x) { return Vec::DotNibbles(acc, w, x); }
 };
 
-// M rows by V vectors of one panel, from column `first` of it on. Each output is one chain over
-// k = 0 .. in - 1, whatever M is.
+// Where a tile lies, and what it fetches ahead.
+struct Place {
+  int64_t row;
+  const char* panel;
+  int64_t column;     // of the product, the panel's first
+  int64_t first;      // column of the panel
+  const char* ahead;  // bytes of the weights that are fetched first
+  int64_t share;      // of how many tiles that fetch together what one alone would
+};
+
+// What is fetched while a line is worked on: the lines at `at`, which is `step` bytes on at the next.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// acc[m][v] += what `units` units of row m of x (x_stride bytes apart) give with vector v of the lines
+// from w on. One chain for each, from the first unit to the last.
+template <class W, int M, int V>
+__attribute__((always_inline)) inline void Accumulate(const char* w, const char* x,
+                                                      int64_t x_stride, int64_t units, Ahead* ahead,
+                                                      typename W::Acc (&acc)[M][V]) {
+  constexpr int64_t kBytes = V * kWidth * W::kColumnBytes;  // of a line that are read
+  const char* at = ahead->at;
+  const int64_t step = ahead->step;
+  for (int64_t unit = 0; unit < units; unit += W::kParts) {
+    typename W::Raw raw[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) raw[v] = W::Load(w + v * kWidth * W::kColumnBytes);
+#pragma GCC unroll 16
+    for (int line = 0; line * 64 < kBytes; ++line) __builtin_prefetch(at + line * 64);
+#pragma GCC unroll 2
+    for (int part = 0; part < W::kParts; ++part) {
+      if (part > 0 && unit + part >= units) break;
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const typename W::X a = W::SetX(x + m * x_stride + (unit + part) * 4);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[m][v] = W::Mac(acc[m][v], W::Part(raw[v], part), a);
+      }
+    }
+    w += kPanel * W::kColumnBytes;
+    at += step;
+  }
+  ahead->at = at;
+}
+
+// M rows by V vectors of a panel, from its column `first` on.
 template <class W, int M, int V, Epilogue E>
-void Tile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first, int64_t column) {
+void Tile(const MatmulArgs& args, const Place& place) {
+  const char* panel = place.panel;
+  const int64_t first = place.first;
+  const char* x = static_cast<const char*>(args.x) + place.row * args.x_stride;
+  const int64_t x_stride = args.x_stride;
+  Ahead ahead{place.ahead, kPanel * W::kColumnBytes / place.share};
   T acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
-  const char* w = panel + first * W::kColumnBytes;
-  const float* x = args.x + row * args.ldx;
-  const int64_t ldx = args.ldx;
-  const int64_t in = args.in;
-  for (int64_t k = 0; k < in; ++k) {
-    T b[V];
+  if constexpr (!W::kGrouped) {
+    Accumulate<W, M, V>(panel + first * W::kColumnBytes, x, x_stride, W::Units(args.in), &ahead,
+                        acc);
+  } else {
+    // Whole numbers within a group, and one chain of floats over the groups.
+    for (int64_t begin = 0; begin < args.in; begin += kGroup) {
+      Vec::I part[M][V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) b[v] = W::Load(w, v);
+      for (int m = 0; m < M; ++m) {
+        const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
+        const Vec::I offset = Vec::kSignedBytes && std::is_same_v<W, Int8>
+                                  ? Vec::ZeroInt()
+                                  : Vec::SetInt(reinterpret_cast<const char*>(&group->offset));
 #pragma GCC unroll 16
-    for (int line = 0; line * 64 < V * kWidth * W::kColumnBytes; ++line) Prefetch(w + line * 64);
+        for (int v = 0; v < V; ++v) part[m][v] = offset;
+      }
+      __builtin_prefetch(ahead.at);
+      ahead.at += 2 * kPanel / place.share;
+      Accumulate<W, M, V>(panel + 2 * kPanel + first * W::kColumnBytes,
+                          x + offsetof(QuantizedGroup, q), x_stride, kGroup / 4, &ahead, part);
+      T scale[V];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const T a = Vec::Set(x[m * ldx + k]);
+      for (int v = 0; v < V; ++v) {
+        scale[v] = Vec::LoadHalf(reinterpret_cast<const uint16_t*>(panel) + first + v * kWidth);
+      }
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(a, b[v], acc[m][v]);
+      for (int m = 0; m < M; ++m) {
+        const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
+        const T step = Vec::Set(group->scale);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          acc[m][v] = Vec::Fma(Vec::FromInt(part[m][v]), Vec::Mul(scale[v], step), acc[m][v]);
+        }
+      }
+      panel += 2 * kPanel + kGroup / 4 / W::kParts * kPanel * W::kColumnBytes;
+      x += sizeof(QuantizedGroup);
     }
-    w += kPanel * W::kColumnBytes;
   }
-  FinishTile<M, V, E>(args, row, column + first, acc);
-}
-
-// The same for groups of rows that share scales: a chain over each group, and one over the groups. P
-// neighbouring panels at once: with one row there would be too few chains to keep the multipliers busy.
-template <class W, int P, int M, int V, Epilogue E>
-void GroupTile(const MatmulArgs& args, int64_t row, const char* panel, int64_t first,
-               int64_t column) {
-  constexpr int kVecs = P * V;  // of all panels
-  T acc[M][kVecs];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) acc[m][v] = Vec::Set(0.0f);
-  }
-  const float* x = args.x + row * args.ldx;
-  const int64_t ldx = args.ldx;
-  const int64_t panel_bytes = args.panel_bytes;
-  for (int64_t begin = 0; begin < args.in; begin += kGroup) {
-    const char* w = panel + 2 * kPanel + first;
-    const int64_t count = Min(kGroup, args.in - begin);
-    T part[M][kVecs];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) part[m][v] = Vec::Set(0.0f);
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = place.column + first + v * kWidth;
+      Finish<E>(acc[m][v], args.bias ? args.bias + at : nullptr,
+                args.y + (place.row + m) * args.ldy + at);
     }
-    for (int64_t k = 0; k < count; k += W::kRows) {
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) Prefetch(w + p * panel_bytes);
-#pragma GCC unroll 2
-      for (int half = 0; half < W::kRows; ++half) {
-        if (half > 0 && k + half >= count) break;
-        T b[kVecs];
-#pragma GCC unroll 16
-        for (int v = 0; v < kVecs; ++v) b[v] = W::Load(w + v / V * panel_bytes, v % V, half);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const T a = Vec::Set(x[m * ldx + begin + k + half]);
-#pragma GCC unroll 16
-          for (int v = 0; v < kVecs; ++v) part[m][v] = Vec::Fma(a, b[v], part[m][v]);
-        }
-      }
-      w += kPanel;
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) {
-      const char* const scales = panel + v / V * panel_bytes;
-      const T scale =
-          Vec::LoadHalf(reinterpret_cast<const uint16_t*>(scales) + first + v % V * kWidth);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m][v] = Vec::Fma(part[m][v], scale, acc[m][v]);
-    }
-    panel += 2 * kPanel + kGroup / W::kRows * kPanel;
-  }
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) {
-    T mine[M][V];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) mine[m][v] = acc[m][p * V + v];
-    }
-    FinishTile<M, V, E>(args, row, column + first + p * kPanel, mine);
   }
 }
 
-using TileFn = void (*)(const MatmulArgs&, int64_t, const char*, int64_t, int64_t);
+using TileFn = void (*)(const MatmulArgs&, const Place&);
 
 // Entry m - 1 of a table is the tile of m rows.
-template <class W, int V, Epilogue E>
-struct TilesOf {
-  template <int M>
-  static constexpr TileFn kTile = Tile<W, M, V, E>;
-};
-template <int V, Epilogue E>
-struct TilesOf<Int8, V, E> {
-  template <int M>
-  static constexpr TileFn kTile = GroupTile<Int8, 1, M, V, E>;
-};
-template <int V, Epilogue E>
-struct TilesOf<Int4, V, E> {
-  template <int M>
-  static constexpr TileFn kTile = GroupTile<Int4, 1, M, V, E>;
-};
-
 template <class W, int V, Epilogue E, int... M>
 struct Table {
   static constexpr int kMost = sizeof...(M);
-  static constexpr TileFn kTiles[] = {TilesOf<W, V, E>::template kTile<M>...};
+  static constexpr TileFn kTiles[] = {Tile<W, M, V, E>...};
 };
 
 // Tables of as many rows as the registers of the set hold.
@@ -187,38 +205,31 @@ using TableOf =
                                           std::conditional_t<(kMost >= 3), Table<W, V, E, 1, 2, 3>,
                                                              Table<W, V, E, 1>>>>;
 
-// Sums of groups take as many registers again.
-template <class W>
-constexpr int kShare = std::is_same_v<W, Int8> || std::is_same_v<W, Int4> ? 2 : 1;
-
-// Panels of one row that are worked on at once, within the registers of the set.
-constexpr int kTogether = kWidth == 16 ? 4 : 1;
-
 template <class W, Epilogue E>
 void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
-  using Full = TableOf<W, kPanelVecs, E, Vec::kFullRows / kShare<W>>;
-  using Part = TableOf<W, Vec::kPartVecs, E, Vec::kPartRows / kShare<W>>;
+  constexpr int kShare = W::kGrouped ? 2 : 1;  // sums of groups take as many registers again
+  using Full = TableOf<W, kPanelVecs, E, Vec::kFullRows / kShare>;
+  using Part = TableOf<W, Vec::kPartVecs, E, Vec::kPartRows / kShare>;
   // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
   const int64_t tallest = Full::kMost >= args.rows ? Full::kMost : Part::kMost;
   const int64_t tiles = (args.rows + tallest - 1) / tallest;
   const int64_t panel_bytes = args.panel_bytes;
-  int64_t panel = begin;
-  if constexpr (kShare<W> > 1 && kTogether > 1) {
-    for (; args.rows == 1 && panel + kTogether <= end; panel += kTogether) {
-      const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
-      GroupTile<W, kTogether, 1, kPanelVecs, E>(args, 0, w, 0, panel * kPanel);
-    }
-  }
-  for (; panel < end; ++panel) {
-    const char* w = static_cast<const char*>(args.panels) + panel * panel_bytes;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const char* const w = static_cast<const char*>(args.panels) + panel * panel_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = args.rows * t / tiles;
       const int64_t m = args.rows * (t + 1) / tiles - row;
+      // One tile fetches a little ahead; of several, each fetches its share of the next panel.
+      const char* const ahead =
+          tiles == 1 ? w + kPrefetchBytes : w + panel_bytes + panel_bytes * t / tiles;
+      const Place place{row, w, panel * kPanel, 0, ahead, tiles};
       if (m <= Full::kMost) {
-        Full::kTiles[m - 1](args, row, w, 0, panel * kPanel);
+        Full::kTiles[m - 1](args, place);
       } else if constexpr (Part::kMost > Full::kMost) {
         for (int v = 0; v < kPanelVecs; v += Vec::kPartVecs) {
-          Part::kTiles[m - 1](args, row, w, v * kWidth, panel * kPanel);
+          Place part = place;
+          part.first = v * kWidth;
+          Part::kTiles[m - 1](args, part);
         }
       }
     }
@@ -235,11 +246,76 @@ void MatmulOf(const MatmulArgs& args, int64_t begin, int64_t end) {
 }
 
 void Matmul(const MatmulArgs& args, int64_t begin, int64_t end) {
+  using Brain = std::conditional_t<Vec::kBrainPairs, BrainPairs<Vec>, BFloat16>;
   switch (args.type) {
     case WeightType::kFloat32: return MatmulOf<Float32>(args, begin, end);
-    case WeightType::kBFloat16: return MatmulOf<BFloat16>(args, begin, end);
+    case WeightType::kBFloat16: return MatmulOf<Brain>(args, begin, end);
     case WeightType::kFloat16: return MatmulOf<Float16>(args, begin, end);
     case WeightType::kInt8: return MatmulOf<Int8>(args, begin, end);
     case WeightType::kInt4: return MatmulOf<Int4>(args, begin, end);
+  }
+}
+
+// ---- rows of x as a product takes them -----------------------------------------------------
+
+// One group of a row. The magnitude of largest size is 127 steps; a group with an infinity or NaN in
+// it gives NaN, and one that is too small for its step to have a reciprocal gives zero.
+inline void QuantizeGroup(const float* x, int count, float zero_point, QuantizedGroup* group) {
+  constexpr int kVecs = static_cast<int>(kGroup) / kWidth;
+  T part[kVecs];
+  T largest = Vec::Set(0.0f);
+  T poison = Vec::Set(0.0f);  // 0, or NaN
+#pragma GCC unroll 16
+  for (int v = 0; v < kVecs; ++v) {
+    const int left = count - v * kWidth;
+    part[v] = left >= kWidth ? Vec::Load(x + v * kWidth)
+              : left > 0     ? Vec::LoadPart(x + v * kWidth, left, 0.0f)
+                             : Vec::Set(0.0f);
+    largest = Vec::Max(largest, Vec::Max(part[v], Vec::Sub(Vec::Set(0.0f), part[v])));
+    poison = Vec::Fma(part[v], Vec::Set(0.0f), poison);
+  }
+  const float most = Vec::ReduceMax(largest);
+  const float nothing = Vec::ReduceAdd(poison);
+  const bool usable = most > 1e-30f && nothing == 0.0f;
+  const T inverse = Vec::Set(usable ? 127.0f / most : 0.0f);
+  const T magic = Vec::Set(12582912.0f);  // rounds to whole numbers, see Exp
+  T sum = Vec::Set(0.0f);
+#pragma GCC unroll 16
+  for (int v = 0; v < kVecs; ++v) {
+    T q = Vec::Sub(Vec::Fma(part[v], inverse, magic), magic);
+    if (!usable) q = Vec::Set(0.0f);
+    Vec::StoreInt8(group->q + v * kWidth, q);
+    sum = Vec::Add(sum, q);
+  }
+  group->scale = usable ? most / 127.0f : nothing;
+  group->offset = static_cast<int32_t>(-zero_point * Vec::ReduceAdd(sum));
+}
+
+template <class V>
+void PrepareBrain(const float* x, int64_t in, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= in; i += kWidth) V::StoreBrainPairs(out + i, V::Load(x + i));
+  if (i < in) V::StoreBrainPairs(out + i, V::LoadPart(x + i, static_cast<int>(in - i), 0.0f));
+}
+
+int64_t PreparedBytes(WeightType type, int64_t in) {
+  int64_t bytes = 0;
+  if (type == WeightType::kBFloat16 && Vec::kBrainPairs) bytes = (in + 31) / 32 * 64;
+  if (type == WeightType::kInt8 || type == WeightType::kInt4) {
+    bytes = (in + kGroup - 1) / kGroup * static_cast<int64_t>(sizeof(QuantizedGroup));
+  }
+  // An odd number of cache lines: rows 4096 bytes apart would share the same few sets of the cache.
+  return bytes == 0 ? 0 : ((bytes + 63) / 64 | 1) * 64;
+}
+
+void Prepare(WeightType type, const float* x, int64_t in, void* prepared) {
+  if (type == WeightType::kBFloat16) {
+    if constexpr (Vec::kBrainPairs) PrepareBrain<Vec>(x, in, static_cast<uint16_t*>(prepared));
+    return;
+  }
+  auto* group = static_cast<QuantizedGroup*>(prepared);
+  for (int64_t begin = 0; begin < in; begin += kGroup, ++group) {
+    QuantizeGroup(x + begin, static_cast<int>(Min(kGroup, in - begin)),
+                  type == WeightType::kInt8 ? 128.0f : 8.0f, group);
   }
 }

@@ -24,6 +24,12 @@ constexpr int64_t kScaleBytes = kPanel * 2;
 constexpr int64_t kInt8Bytes = kScaleBytes + kGroup * kPanel;  // of a group
 constexpr int64_t kInt4Bytes = kScaleBytes + kGroup * kPanel / 2;
 
+// Where row k of column c lies in a panel of pairs, and in the bytes of a group.
+int64_t PairAt(int64_t k, int64_t c) { return (k / 2 * kPanel + c) * 2 + k % 2; }
+int64_t Int8At(int64_t k, int64_t c) { return (k / 4 * kPanel + c) * 4 + k % 4; }
+int64_t Int4At(int64_t k, int64_t c) { return (k / 8 * kPanel + c) * 4 + k % 4; }
+bool InHighHalf(int64_t k) { return k % 8 >= 4; }
+
 int64_t Groups(int64_t in) { return (in + kGroup - 1) / kGroup; }
 
 // Loops below go over the columns of a group inside, so that the compiler makes vectors of them.
@@ -98,19 +104,19 @@ void PackGroup(bool wide, const float* rows, int64_t count, uint8_t* to) {
     inverse[c] = step == 0.0f ? 0.0f : 1.0f / step;
   }
   uint8_t* const values = to + kScaleBytes;
-  std::memset(values, wide ? 0 : 0x88, static_cast<size_t>(kGroup * kPanel / (wide ? 1 : 2)));
+  std::memset(values, wide ? 0x80 : 0x88, static_cast<size_t>(kGroup * kPanel / (wide ? 1 : 2)));
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t c = 0; c < kPanel; ++c) {
       const float q = Round(
           Clip(rows[k * kPanel + c] * inverse[c], wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f));
       const int whole = q == q ? static_cast<int>(q) : 0;
       if (wide) {
-        values[k * kPanel + c] = static_cast<uint8_t>(whole);
+        values[Int8At(k, c)] = static_cast<uint8_t>(whole + 128);
         continue;
       }
-      uint8_t& both = values[k / 2 * kPanel + c];
+      uint8_t& both = values[Int4At(k, c)];
       const int bits = whole + 8;
-      both = static_cast<uint8_t>(k % 2 == 0 ? (both & 0xf0) | bits : (both & 0x0f) | bits << 4);
+      both = static_cast<uint8_t>(InHighHalf(k) ? (both & 0x0f) | bits << 4 : (both & 0xf0) | bits);
     }
   }
 }
@@ -136,7 +142,7 @@ const char* WeightTypeName(WeightType type) {
 int64_t PanelBytes(WeightType type, int64_t in) {
   switch (type) {
     case WeightType::kFloat32: return in * kPanel * 4;
-    case WeightType::kBFloat16:
+    case WeightType::kBFloat16: return (in + 1) / 2 * kPanel * 4;
     case WeightType::kFloat16: return in * kPanel * 2;
     case WeightType::kInt8: return Groups(in) * kInt8Bytes;
     case WeightType::kInt4: return Groups(in) * kInt4Bytes;
@@ -151,7 +157,12 @@ void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
       std::memcpy(panel, weights, static_cast<size_t>(in * kPanel) * sizeof(float));
       return;
     case WeightType::kBFloat16:
-      for (int64_t i = 0; i < in * kPanel; ++i) halves[i] = base::FloatToBrain(weights[i]);
+      for (int64_t k = 0; k < in; ++k) {
+        for (int64_t c = 0; c < kPanel; ++c) {
+          halves[PairAt(k, c)] = base::FloatToBrain(weights[k * kPanel + c]);
+        }
+      }
+      for (int64_t c = 0; in % 2 != 0 && c < kPanel; ++c) halves[PairAt(in, c)] = 0;
       return;
     case WeightType::kFloat16:
       for (int64_t i = 0; i < in * kPanel; ++i) halves[i] = base::FloatToHalf(weights[i]);
@@ -167,25 +178,34 @@ void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
   }
 }
 
-float WeightAt(WeightType type, const void* panel, int64_t k, int64_t c) {
+void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float* out) {
   const auto* const halves = static_cast<const uint16_t*>(panel);
   switch (type) {
-    case WeightType::kFloat32: return static_cast<const float*>(panel)[k * kPanel + c];
-    case WeightType::kBFloat16: return base::BrainToFloat(halves[k * kPanel + c]);
-    case WeightType::kFloat16: return base::HalfToFloat(halves[k * kPanel + c]);
+    case WeightType::kFloat32:
+      for (int64_t k = 0; k < in; ++k) out[k] = static_cast<const float*>(panel)[k * kPanel + c];
+      return;
+    case WeightType::kBFloat16:
+      for (int64_t k = 0; k < in; ++k) out[k] = base::BrainToFloat(halves[PairAt(k, c)]);
+      return;
+    case WeightType::kFloat16:
+      for (int64_t k = 0; k < in; ++k) out[k] = base::HalfToFloat(halves[k * kPanel + c]);
+      return;
     case WeightType::kInt8:
     case WeightType::kInt4: break;
   }
   const bool wide = type == WeightType::kInt8;
-  const uint8_t* group =
-      static_cast<const uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes);
-  uint16_t scale;
-  std::memcpy(&scale, group + 2 * c, sizeof(scale));
-  const int64_t row = k % kGroup;
-  const uint8_t* const values = group + kScaleBytes;
-  const int q = wide ? static_cast<int8_t>(values[row * kPanel + c])
-                     : (values[row / 2 * kPanel + c] >> (row % 2 * 4) & 15) - 8;
-  return base::HalfToFloat(scale) * static_cast<float>(q);
+  const auto* group = static_cast<const uint8_t*>(panel);
+  for (int64_t begin = 0; begin < in; begin += kGroup, group += wide ? kInt8Bytes : kInt4Bytes) {
+    uint16_t half;
+    std::memcpy(&half, group + 2 * c, sizeof(half));
+    const float scale = base::HalfToFloat(half);
+    const uint8_t* const values = group + kScaleBytes;
+    for (int64_t k = 0; k < std::min(kGroup, in - begin); ++k) {
+      const int q = wide ? values[Int8At(k, c)] - 128
+                         : (values[Int4At(k, c)] >> (InHighHalf(k) ? 4 : 0) & 15) - 8;
+      out[begin + k] = scale * static_cast<float>(q);
+    }
+  }
 }
 
 }  // namespace fastgen::cpu

@@ -2,13 +2,15 @@
 // sequence, of one of several types.
 //
 // A panel of `in` rows holds, by type,
-//   float32             [in, kPanel]
-//   bfloat16, float16   [in, kPanel]
-//   int8    groups of kGroup rows: float16 scales [kPanel], then int8 [kGroup, kPanel]
-//   int4    groups of kGroup rows: float16 scales [kPanel], then bytes [kGroup / 2, kPanel] with row 2 i
-//           in the low and row 2 i + 1 in the high half, each as q + 8
-// and an integer's weight is scale * q. Columns past the end of the matrix, and rows of a group past
-// it, are zero.
+//   float32   [in, kPanel]
+//   float16   [in, kPanel]
+//   bfloat16  [in / 2, kPanel, 2], pairs of rows
+//   int8      groups of kGroup rows: float16 scales [kPanel], then bytes [kGroup / 4, kPanel, 4], each q + 128
+//   int4      groups of kGroup rows: float16 scales [kPanel], then bytes [kGroup / 8, kPanel, 4], of
+//             which byte i has row 8 k + i in its low and row 8 k + 4 + i in its high half, each as q + 8
+// and an integer's weight is scale * q. Columns past the end of the matrix, and rows of a pair or a
+// group past it, are zero. The orders within a line are those of instructions that multiply pairs of
+// bfloat16 and quadruples of bytes.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +34,7 @@ int64_t PanelBytes(WeightType type, int64_t in);
 // saturate; integers get the scale that leaves the least error of a few.
 void PackPanel(WeightType type, const float* weights, int64_t in, void* panel);
 
-// The weight of row k and column c of a panel.
-float WeightAt(WeightType type, const void* panel, int64_t k, int64_t c);
+// out[0, in) = column c of a panel [in, kPanel] as float32.
+void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float* out);
 
 }  // namespace fastgen::cpu

@@ -4,8 +4,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
-namespace fastgen::cpu::avx2 {
+namespace fastgen::cpu::FASTGEN_KERNELS_ISA {
 namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
@@ -28,16 +29,46 @@ struct Vec {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
-  static T FromInt4(__m256i q) {
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(8)));
+
+  // Whole numbers: 32 bits a lane, or four bytes a lane.
+  using I = __m256i;
+  static I LoadInt(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static I ZeroInt() { return _mm256_setzero_si256(); }
+  static I SetInt(const char* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return _mm256_set1_epi32(x);
   }
-  static __m256i WideBytes(const uint8_t* p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  static T FromInt(I v) { return _mm256_cvtepi32_ps(v); }
+  // The two bfloat16 of a lane.
+  static T LowBrain(I v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+  static T HighBrain(I v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
   }
-  static T LoadLowInt4(const uint8_t* p) {
-    return FromInt4(_mm256_and_si256(WideBytes(p), _mm256_set1_epi32(15)));
+  static constexpr bool kBrainPairs = false;
+  static I LowNibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static I HighNibbles(I v) { return LowNibbles(_mm256_srli_epi16(v, 4)); }
+
+  // Four signed bytes for every lane. The instruction multiplies unsigned by signed bytes and adds
+  // pairs in 16 bits, which magnitudes of at most 127 do not overflow: the sign of x goes to w.
+  struct Quad {
+    I bytes, magnitudes;
+  };
+  static Quad SetQuad(const char* p) {
+    const I bytes = SetInt(p);
+    return {bytes, _mm256_abs_epi8(bytes)};
   }
-  static T LoadHighInt4(const uint8_t* p) { return FromInt4(_mm256_srli_epi32(WideBytes(p), 4)); }
+  // acc + the sum of the products of four bytes, of w less 128.
+  static constexpr bool kSignedBytes = true;
+  static I DotBytes(I acc, I w, const Quad& x) {
+    const I signed_w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    const I pairs = _mm256_maddubs_epi16(x.magnitudes, _mm256_sign_epi8(signed_w, x.bytes));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static I DotNibbles(I acc, I w, const Quad& x) {
+    const I pairs = _mm256_maddubs_epi16(w, x.bytes);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
   static void Store(float* p, T v) { _mm256_storeu_ps(p, v); }
   static T Set(float x) { return _mm256_set1_ps(x); }
   static T Fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
@@ -97,4 +128,4 @@ struct Vec {
 };
 
 }  // namespace
-}  // namespace fastgen::cpu::avx2
+}  // namespace fastgen::cpu::FASTGEN_KERNELS_ISA

@@ -1,11 +1,18 @@
-// Sixteen lanes: AVX-512 F, BW, DQ and VL.
+// Sixteen lanes: AVX-512 F, BW, DQ and VL, and VNNI and BF16 where the file is compiled for them.
 #pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined pass-through operand in its own AVX-512 header for a mistake.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
-namespace fastgen::cpu::avx512 {
+namespace fastgen::cpu::FASTGEN_KERNELS_ISA {
 namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
@@ -28,20 +35,64 @@ struct Vec {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  // q - 8 by a table of sixteen: only the lowest four bits of a lane count.
-  static T Int4Table() {
-    return _mm512_setr_ps(-8.f, -7.f, -6.f, -5.f, -4.f, -3.f, -2.f, -1.f, 0.f, 1.f, 2.f, 3.f, 4.f,
-                          5.f, 6.f, 7.f);
+
+  // Whole numbers: 32 bits a lane, or four bytes a lane.
+  using I = __m512i;
+  static I LoadInt(const char* p) { return _mm512_loadu_si512(p); }
+  static I ZeroInt() { return _mm512_setzero_si512(); }
+  static I SetInt(const char* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return _mm512_set1_epi32(x);
   }
-  static __m512i WideBytes(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  static T FromInt(I v) { return _mm512_cvtepi32_ps(v); }
+  // The two bfloat16 of a lane.
+  static T LowBrain(I v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+  static T HighBrain(I v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
   }
-  static T LoadLowInt4(const uint8_t* p) {
-    return _mm512_permutexvar_ps(WideBytes(p), Int4Table());
+#if defined(__AVX512BF16__)
+  static constexpr bool kBrainPairs = true;
+  static T DotBrain(T acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+  static void StoreBrainPairs(uint16_t* p, T v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
   }
-  static T LoadHighInt4(const uint8_t* p) {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(WideBytes(p), 4), Int4Table());
+#else
+  static constexpr bool kBrainPairs = false;
+#endif
+  static I LowNibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static I HighNibbles(I v) { return LowNibbles(_mm512_srli_epi16(v, 4)); }
+#if defined(__AVX512VNNI__)
+  // Four signed bytes for every lane, and acc + the sum of their products with unsigned bytes.
+  using Quad = I;
+  static Quad SetQuad(const char* p) { return SetInt(p); }
+  static constexpr bool kSignedBytes = false;
+  static I DotBytes(I acc, I w, Quad x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static I DotNibbles(I acc, I w, Quad x) { return _mm512_dpbusd_epi32(acc, w, x); }
+#else
+  // Four signed bytes for every lane. The instruction multiplies unsigned by signed bytes and adds
+  // pairs in 16 bits, which magnitudes of at most 127 do not overflow: the sign of x goes to w.
+  struct Quad {
+    I bytes, magnitudes;
+    __mmask64 negative;
+  };
+  static Quad SetQuad(const char* p) {
+    const I bytes = SetInt(p);
+    return {bytes, _mm512_abs_epi8(bytes), _mm512_movepi8_mask(bytes)};
   }
+  // acc + the sum of the products of four bytes, of w less 128.
+  static constexpr bool kSignedBytes = true;
+  static I DotBytes(I acc, I w, const Quad& x) {
+    const I signed_w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+    const I turned = _mm512_mask_sub_epi8(signed_w, x.negative, ZeroInt(), signed_w);
+    const I pairs = _mm512_maddubs_epi16(x.magnitudes, turned);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+  static I DotNibbles(I acc, I w, const Quad& x) {
+    const I pairs = _mm512_maddubs_epi16(w, x.bytes);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+#endif
   static void Store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static T Set(float x) { return _mm512_set1_ps(x); }
   static T Fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
@@ -98,4 +149,4 @@ struct Vec {
 };
 
 }  // namespace
-}  // namespace fastgen::cpu::avx512
+}  // namespace fastgen::cpu::FASTGEN_KERNELS_ISA

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace fastgen::cpu::generic {
+namespace fastgen::cpu::FASTGEN_KERNELS_ISA {
 namespace {  // what is not inlined must not be a symbol that another set could be given
 
 struct Vec {
@@ -23,20 +23,6 @@ struct Vec {
     std::memcpy(&f, &bits, sizeof f);
     return f;
   }
-  static float FromHalf(uint16_t half) {
-    const uint32_t magnitude = half & 0x7fffu;
-    const uint32_t sign = (half & 0x8000u) << 16;
-    if (magnitude >= 0x7c00u) return FromBits(sign | 0x7f800000u | magnitude << 13);
-    // As a number of units of 2^-24 where it is subnormal.
-    if (magnitude < 0x0400u) {
-      const float value = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-      return sign ? -value : value;
-    }
-    return FromBits(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
-  }
-  static T LoadHalf(const uint16_t* p) {
-    return T{FromHalf(p[0]), FromHalf(p[1]), FromHalf(p[2]), FromHalf(p[3])};
-  }
   static T LoadBrain(const uint16_t* p) {
     T v;
     for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
@@ -47,16 +33,57 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
     return v;
   }
-  static T LoadLowInt4(const uint8_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] & 15) - 8);
-    return v;
+
+  // Whole numbers: 32 bits a lane, or four bytes a lane.
+  typedef int32_t I __attribute__((vector_size(16), may_alias, aligned(1)));
+  static I LoadInt(const char* p) { return *reinterpret_cast<const I*>(p); }
+  static I ZeroInt() { return I{0, 0, 0, 0}; }
+  static I SetInt(const char* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return I{x, x, x, x};
   }
-  static T LoadHighInt4(const uint8_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>((p[i] >> 4) - 8);
-    return v;
+  static T FromInt(I v) { return __builtin_convertvector(v, T); }
+  static T LoadHalf(const uint16_t* p) {
+    typedef uint16_t Four __attribute__((vector_size(8), may_alias, aligned(2)));
+    const I half = __builtin_convertvector(*reinterpret_cast<const Four*>(p), I);
+    const I magnitude = half & SetAll(0x7fff);
+    const I shifted = magnitude << 13;
+    // All ones where it is infinite or NaN, and where it is a number of units of 2^-24.
+    const I odd = magnitude >= SetAll(0x7c00), small = magnitude < SetAll(0x0400);
+    const I units = reinterpret_cast<I>(FromInt(magnitude) * Set(0x1p-24f));
+    const I large = shifted + SetAll((127 - 15) << 23);
+    const I bits =
+        (small & units) | (~small & ~odd & large) | (odd & (shifted | SetAll(0x7f800000)));
+    return reinterpret_cast<T>(bits | (half & SetAll(0x8000)) << 16);
   }
+  // The two bfloat16 of a lane.
+  static T LowBrain(I v) { return reinterpret_cast<T>(v << 16); }
+  static T HighBrain(I v) { return reinterpret_cast<T>(v & SetAll(-65536)); }
+  static constexpr bool kBrainPairs = false;
+  static I LowNibbles(I v) { return v & SetAll(0x0f0f0f0f); }
+  static I HighNibbles(I v) { return (v >> 4) & SetAll(0x0f0f0f0f); }
+
+  // Four signed bytes for every lane; as pairs of 16 bits, those of even and those of odd place.
+  typedef int16_t Pairs __attribute__((vector_size(16), may_alias));
+  struct Quad {
+    Pairs even, odd;
+  };
+  static Quad SetQuad(const char* p) {
+    const auto* q = reinterpret_cast<const signed char*>(p);
+    return {Pairs{q[0], q[2], q[0], q[2], q[0], q[2], q[0], q[2]},
+            Pairs{q[1], q[3], q[1], q[3], q[1], q[3], q[1], q[3]}};
+  }
+  // acc + the sum of the products of four bytes, of w as unsigned numbers. A product fits 16 bits.
+  static constexpr bool kSignedBytes = false;
+  static I DotBytes(I acc, I w, const Quad& x) {
+    const I even = reinterpret_cast<I>(reinterpret_cast<Pairs>(w & SetAll(0x00ff00ff)) * x.even);
+    const I odd =
+        reinterpret_cast<I>(reinterpret_cast<Pairs>((w >> 8) & SetAll(0x00ff00ff)) * x.odd);
+    return acc + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
+  }
+  static I DotNibbles(I acc, I w, const Quad& x) { return DotBytes(acc, w, x); }
+
   static void Store(float* p, T v) { *reinterpret_cast<T*>(p) = v; }
   static T Set(float x) { return T{x, x, x, x}; }
   static T Fma(T a, T b, T c) { return a * b + c; }
@@ -128,7 +155,10 @@ struct Vec {
   static void StoreInt8(int8_t* p, T v) {
     for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
   }
+
+ private:
+  static I SetAll(int32_t x) { return I{x, x, x, x}; }
 };
 
 }  // namespace
-}  // namespace fastgen::cpu::generic
+}  // namespace fastgen::cpu::FASTGEN_KERNELS_ISA

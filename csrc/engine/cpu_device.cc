@@ -17,8 +17,9 @@ using cpu::kPanel;
 
 namespace {
 
-// Up to this many rows every thread norms all of them itself, which is cheaper than a region.
-constexpr int64_t kNormByEveryThread = 16;
+// Up to this many rows every thread norms and prepares all of them itself, which is cheaper than a
+// region.
+constexpr int64_t kMadeByEveryThread = 16;
 constexpr size_t kLogitsRows = 12;  // rows of logits at a time where the caller wants them all
 constexpr int64_t kMostRows = 512;  // rows of a prefill pass: bounds the work space
 
@@ -67,10 +68,12 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
       wide_stride_(RowStride(config.intermediate_size)),
       logits_stride_(RowStride(config.vocab_size)),
+      made_bytes_(MadeBytes()),
       pending_columns_(config.num_heads),
       scratch_(pool_.threads()) {
   for (Scratch& scratch : scratch_) {
-    scratch.normed.resize(kNormByEveryThread * hidden_stride_);
+    scratch.normed.resize(hidden_stride_);
+    scratch.made.resize(kMadeByEveryThread * made_bytes_);
     const size_t blocks = static_cast<size_t>((config.max_positions + kBlock - 1) / kBlock);
     scratch.scores.resize(cpu::kAttentionRows * cpu::kSpan);
     scratch.blocks.resize(blocks);
@@ -85,6 +88,16 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
   info_.step_bytes = weights_.step_bytes();
   info_.least_shared = kBlock;
   info_.cache_bytes_per_token = static_cast<uint64_t>(cache_.block_bytes() / kBlock);
+}
+
+// The most that a row takes as a product wants it: normed, or prepared for any of the types in use.
+int64_t CpuDevice::MadeBytes() const {
+  int64_t most = hidden_stride_ * static_cast<int64_t>(sizeof(float));
+  const PackedLayer& layer = weights_.layers().front();
+  for (const PackedMatrix* matrix : {&weights_.head(), &layer.qkv, &layer.feed_forward_out}) {
+    most = std::max(most, kernels_.prepared_bytes(matrix->type, matrix->in));
+  }
+  return most;
 }
 
 // ---- slots ---------------------------------------------------------------------------------
@@ -158,6 +171,26 @@ void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
   target.fed = count;
 }
 
+// Adds the time of a scope to its region, where somebody measures.
+class CpuDevice::Timed {
+ public:
+  Timed(RegionTimes* times, Region region) : times_(times), region_(region) {
+    if (times_) begin_ = std::chrono::steady_clock::now();
+  }
+  ~Timed() {
+    if (!times_) return;
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin_;
+    times_->seconds[static_cast<int>(region_)] += seconds.count();
+  }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  RegionTimes* times_;
+  Region region_;
+  std::chrono::steady_clock::time_point begin_;
+};
+
 // ---- the step ------------------------------------------------------------------------------
 
 void CpuDevice::Grow(int64_t rows) {
@@ -169,16 +202,18 @@ void CpuDevice::Grow(int64_t rows) {
   // All or nothing: a failure leaves the smaller work space in place.
   cpu::Pages hidden = make(hidden_stride_), qkv = make(qkv_stride_),
              attended = make(hidden_stride_);
-  cpu::Pages wide = make(wide_stride_), normed = make(hidden_stride_);
+  cpu::Pages wide = make(wide_stride_);
+  cpu::Pages made(static_cast<size_t>(rows * made_bytes_), "the work space of a step");
   hidden_ = std::move(hidden);
   qkv_ = std::move(qkv);
   attended_ = std::move(attended);
   wide_ = std::move(wide);
-  normed_ = std::move(normed);
+  made_ = std::move(made);
   capacity_ = rows;
 }
 
 struct CpuDevice::Product {
+  Region region;
   const PackedMatrix& matrix;
   const float* x;
   int64_t ldx;
@@ -192,46 +227,63 @@ struct CpuDevice::Product {
 // y = epilogue(x W + b); `done(first, last)` runs after the columns [first, last) on their thread.
 template <typename Done>
 void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done) {
+  const Timed timed(times_, product.region);
+  const PackedMatrix& matrix = product.matrix;
   cpu::MatmulArgs args;
   args.x = product.x;
-  args.ldx = product.ldx;
+  args.x_stride = product.ldx * static_cast<int64_t>(sizeof(float));
   args.rows = rows;
-  args.in = product.matrix.in;
-  args.panels = product.matrix.panels;
-  args.panel_bytes = product.matrix.panel_bytes;
-  args.type = product.matrix.type;
-  args.bias = product.matrix.bias;
-  args.out = product.matrix.out;
+  args.in = matrix.in;
+  args.panels = matrix.panels;
+  args.panel_bytes = matrix.panel_bytes;
+  args.type = matrix.type;
+  args.bias = matrix.bias;
+  args.out = matrix.out;
   args.y = product.y;
   args.ldy = product.ldy;
   args.epilogue = product.epilogue;
 
-  const auto norm = [&](int64_t row, float* out) {
-    kernels_.layer_norm(product.x + row * product.ldx, product.norm_weight, product.norm_bias,
-                        config_.layer_norm_eps, config_.hidden_size, out + row * hidden_stride_);
+  // A row is normed, or made what the kernel multiplies, or both, or taken as it is.
+  const int64_t prepared_bytes = kernels_.prepared_bytes(matrix.type, matrix.in);
+  const auto make = [&](int64_t row, char* out, float* normed) {
+    const float* x = product.x + row * product.ldx;
+    if (product.norm_weight) {
+      float* const to = prepared_bytes ? normed : reinterpret_cast<float*>(out);
+      kernels_.layer_norm(x, product.norm_weight, product.norm_bias, config_.layer_norm_eps,
+                          matrix.in, to);
+      x = to;
+    }
+    if (prepared_bytes) kernels_.prepare(matrix.type, x, matrix.in, out);
   };
-  const bool norm_here = product.norm_weight && rows <= kNormByEveryThread;
-  if (product.norm_weight && !norm_here) {
-    pool_.Run(rows, 4, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) norm(row, normed_.floats());
+  const bool make_rows = product.norm_weight || prepared_bytes;
+  if (make_rows) {
+    args.x_stride =
+        prepared_bytes ? prepared_bytes : hidden_stride_ * static_cast<int64_t>(sizeof(float));
+  }
+  const bool make_here = make_rows && rows <= kMadeByEveryThread;
+  if (make_rows && !make_here) {
+    pool_.Run(rows, 4, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t row = begin; row < end; ++row) {
+        make(row, made_.data() + row * args.x_stride, scratch_[thread].normed.data());
+      }
     });
-    args.x = normed_.floats();
-    args.ldx = hidden_stride_;
+    args.x = made_.data();
   }
   const uint64_t id = ++products_;
-  pool_.Run(product.matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
+  pool_.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
     cpu::MatmulArgs mine = args;
-    if (norm_here) {
+    if (make_here) {
       Scratch& scratch = scratch_[thread];
-      if (scratch.normed_of != id) {
-        for (int64_t row = 0; row < rows; ++row) norm(row, scratch.normed.data());
-        scratch.normed_of = id;
+      if (scratch.made_of != id) {
+        for (int64_t row = 0; row < rows; ++row) {
+          make(row, scratch.made.data() + row * args.x_stride, scratch.normed.data());
+        }
+        scratch.made_of = id;
       }
-      mine.x = scratch.normed.data();
-      mine.ldx = hidden_stride_;
+      mine.x = scratch.made.data();
     }
     kernels_.matmul(mine, begin, end);
-    done(begin * kPanel, std::min(end * kPanel, product.matrix.out));
+    done(begin * kPanel, std::min(end * kPanel, matrix.out));
   });
 }
 
@@ -245,18 +297,21 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   float* hidden = hidden_.floats();
   using cpu::Epilogue;
   ExpectCache();
-  Multiply({layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_, Epilogue::kStore,
-            layer.norm1_weight, layer.norm1_bias},
+  Multiply({Region::kQkv, layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_,
+            Epilogue::kStore, layer.norm1_weight, layer.norm1_bias},
            count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });
-  Attend(index, rows);
-  Multiply({layer.attention_out, attended_.floats(), hidden_stride_, hidden, hidden_stride_,
-            Epilogue::kResidual},
+  {
+    const Timed timed(times_, Region::kAttention);
+    Attend(index, rows);
+  }
+  Multiply({Region::kAttentionOut, layer.attention_out, attended_.floats(), hidden_stride_, hidden,
+            hidden_stride_, Epilogue::kResidual},
            count);
-  Multiply({layer.feed_forward_in, hidden, hidden_stride_, wide_.floats(), wide_stride_,
-            Epilogue::kGelu, layer.norm2_weight, layer.norm2_bias},
+  Multiply({Region::kFeedForwardIn, layer.feed_forward_in, hidden, hidden_stride_, wide_.floats(),
+            wide_stride_, Epilogue::kGelu, layer.norm2_weight, layer.norm2_bias},
            count);
-  Multiply({layer.feed_forward_out, wide_.floats(), wide_stride_, hidden, hidden_stride_,
-            Epilogue::kResidual},
+  Multiply({Region::kFeedForwardOut, layer.feed_forward_out, wide_.floats(), wide_stride_, hidden,
+            hidden_stride_, Epilogue::kResidual},
            count);
 }
 
@@ -264,11 +319,14 @@ void CpuDevice::Forward(const std::vector<Row>& rows) {
   const auto count = static_cast<int64_t>(rows.size());
   Grow(count);
   PlanAttention(rows);
-  pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
-    }
-  });
+  {
+    const Timed timed(times_, Region::kEmbed);
+    pool_.Run(count, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) {
+        weights_.Embed(rows[r].token, rows[r].position, hidden_.floats() + r * hidden_stride_);
+      }
+    });
+  }
   for (int32_t i = 0; i < config_.num_layers; ++i) RunLayer(i, rows);
   rows_done_ += rows.size();
 }
@@ -279,9 +337,9 @@ void CpuDevice::ComputeLogits(int64_t first_row, int64_t count) {
                          "the logits of a step");
     logits_capacity_ = count;
   }
-  Multiply({weights_.head(), hidden_.floats() + first_row * hidden_stride_, hidden_stride_,
-            logits_.floats(), logits_stride_, cpu::Epilogue::kStore, weights_.final_norm_weight(),
-            weights_.final_norm_bias()},
+  Multiply({Region::kHead, weights_.head(), hidden_.floats() + first_row * hidden_stride_,
+            hidden_stride_, logits_.floats(), logits_stride_, cpu::Epilogue::kStore,
+            weights_.final_norm_weight(), weights_.final_norm_bias()},
            count);
 }
 
@@ -386,6 +444,7 @@ int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
 
 void CpuDevice::SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
                            DecodeResult* results) {
+  const Timed timed(times_, Region::kSample);
   std::exception_ptr failure;
   std::mutex failure_mutex;
   pool_.Run(static_cast<int64_t>(results_at.size()), 1,

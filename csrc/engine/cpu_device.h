@@ -14,6 +14,23 @@
 
 namespace fastgen::engine {
 
+// What a step is made of, in its order; the five in the middle once per layer.
+enum class Region {
+  kEmbed,
+  kQkv,
+  kAttention,
+  kAttentionOut,
+  kFeedForwardIn,
+  kFeedForwardOut,
+  kHead,
+  kSample,
+};
+constexpr int kNumRegions = 8;
+
+struct RegionTimes {
+  double seconds[kNumRegions] = {};
+};
+
 class CpuDevice : public Device {
  public:
   CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options);
@@ -30,8 +47,11 @@ class CpuDevice : public Device {
   // For tests: tokens that have gone through the layers so far, and the cache of the open slots.
   uint64_t rows_done() const { return rows_done_; }
   int64_t cache_bytes_in_use() const { return cache_.bytes_in_use(); }
+  // Adds the time of every region to `times` from now on, or of none if null. `times` must live as long.
+  void Measure(RegionTimes* times) { times_ = times; }
 
  private:
+  class Timed;
   struct Slot {
     bool open = false;
     bool finished = false;
@@ -81,6 +101,7 @@ class CpuDevice : public Device {
   // logits_[i] = head(final norm(hidden_[first_row + i])).
   void ComputeLogits(int64_t first_row, int64_t count);
   void PrefillRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  int64_t MadeBytes() const;
   void AddUnfedPrompt(const int32_t* slots, size_t count, std::vector<Row>* rows);
   void SampleRows(const int32_t* slots, const std::vector<size_t>& results_at,
                   DecodeResult* results);
@@ -92,10 +113,12 @@ class CpuDevice : public Device {
   const PackedWeights weights_;
   uint64_t rows_done_ = 0;
   DeviceInfo info_;
+  RegionTimes* times_ = nullptr;
   std::vector<Slot> slots_;
 
   // Row strides of the work space, in floats; see RowStride() for why they are odd in cache lines.
   const int64_t hidden_stride_, qkv_stride_, wide_stride_, logits_stride_;
+  const int64_t made_bytes_;
   int64_t capacity_ = 0;  // rows that the work space holds
   cpu::Pages hidden_, qkv_, attended_, wide_, logits_;
   int64_t logits_capacity_ = 0;
@@ -110,15 +133,16 @@ class CpuDevice : public Device {
   std::vector<Pending> pending_columns_;  // [heads] of keys and values
 
   struct Scratch {
-    std::vector<float> normed;  // [rows, hidden_stride]
-    uint64_t normed_of = 0;     // the product that `normed` belongs to
+    std::vector<float> normed;  // [hidden_stride], of the row that is being prepared
+    std::vector<char> made;     // rows as the product `made_of` takes them
+    uint64_t made_of = 0;
     std::vector<float> scores, parts;
     std::vector<const char*> blocks;
     std::unique_ptr<Sampler> sampler;
   };
   std::vector<Scratch> scratch_;
   uint64_t products_ = 0;
-  cpu::Pages normed_;  // [rows, hidden_stride] when rows are too many to norm once per thread
+  cpu::Pages made_;  // the same for all threads, when rows are too many to be made once per thread
 };
 
 }  // namespace fastgen::engine

@@ -189,9 +189,8 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
 void PackedWeights::Embed(int32_t token, int32_t position, float* out) const {
   const char* const panel = embedding_.panels + (token / kPanel) * embedding_.panel_bytes;
   const float* const row = positions_ + static_cast<int64_t>(position) * hidden_;
-  for (int64_t i = 0; i < hidden_; ++i) {
-    out[i] = cpu::WeightAt(embedding_.type, panel, i, token % kPanel) + row[i];
-  }
+  cpu::ReadColumn(embedding_.type, panel, hidden_, token % kPanel, out);
+  for (int64_t i = 0; i < hidden_; ++i) out[i] += row[i];
 }
 
 }  // namespace fastgen::engine

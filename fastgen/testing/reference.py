@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,10 @@ __all__ = ["gpt2_logits", "greedy_search", "normalised_error"]
 
 
 def gpt2_logits(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], token_ids: Sequence[int]
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    token_ids: Sequence[int],
+    rounded: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> np.ndarray:
     """Logits of every position of one token sequence.
 
@@ -19,6 +22,7 @@ def gpt2_logits(
         config: HuggingFace's configuration (`n_embd`, `n_head`, `n_layer`, `layer_norm_epsilon`).
         tensors: the weights under HuggingFace's names, without `transformer.`.
         token_ids: [length].
+        rounded: what a kernel makes of rows [length, n] before it multiplies them by a matrix.
 
     Returns:
         [length, vocab] float64; row i is the distribution after `token_ids[: i + 1]`.
@@ -33,7 +37,7 @@ def gpt2_logits(
     causal = np.tril(np.ones((length, length), dtype=bool))
     for i in range(config["n_layer"]):
         x = _norm(tensors, f"h.{i}.ln_1", hidden, eps)
-        qkv = _linear(tensors, f"h.{i}.attn.c_attn", x)
+        qkv = _linear(tensors, f"h.{i}.attn.c_attn", rounded(x))
         # [3, heads, length, size]
         query, key, value = qkv.reshape(length, 3, heads, size).transpose(1, 2, 0, 3)
         scores = query @ key.transpose(0, 2, 1) / np.sqrt(size)
@@ -41,11 +45,12 @@ def gpt2_logits(
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores /= scores.sum(axis=-1, keepdims=True)
         context = (scores @ value).transpose(1, 0, 2).reshape(length, heads * size)
-        hidden = hidden + _linear(tensors, f"h.{i}.attn.c_proj", context)
-        x = _linear(tensors, f"h.{i}.mlp.c_fc", _norm(tensors, f"h.{i}.ln_2", hidden, eps))
+        hidden = hidden + _linear(tensors, f"h.{i}.attn.c_proj", rounded(context))
+        x = _norm(tensors, f"h.{i}.ln_2", hidden, eps)
+        x = _linear(tensors, f"h.{i}.mlp.c_fc", rounded(x))
         x = 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
-        hidden = hidden + _linear(tensors, f"h.{i}.mlp.c_proj", x)
-    hidden = _norm(tensors, "ln_f", hidden, eps)
+        hidden = hidden + _linear(tensors, f"h.{i}.mlp.c_proj", rounded(x))
+    hidden = rounded(_norm(tensors, "ln_f", hidden, eps))
     head = _get(tensors, "lm_head.weight") if "lm_head.weight" in tensors else embedding
     logits: np.ndarray = hidden @ head.T
     return logits

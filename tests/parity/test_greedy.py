@@ -36,6 +36,20 @@ def test_greedy_large(parity_log: ParityLog, case: fg.Case) -> None:
     check(parity_log, "greedy_large", case)
 
 
+def test_a_penalty_that_rounds_to_a_tie(parity_log: ParityLog) -> None:
+    """4.5 / 1.2 against 3.75: a tie by Paddle 2, which multiplies by the reciprocal."""
+    case = fg.Case(
+        shape=GPTShape(29, 8, 8, 1, 1, 32),
+        recipe=WeightRecipe(seed=0, logit_std=2.0, kind="table"),
+        prompts=[[0]],
+        options=GenerationOptions(max_length=2, repetition_penalty=1.2),
+        seed=0,
+    )
+    (reference,) = check(parity_log, "greedy_penalty", case)
+    first, second = sorted(reference.logits[0])[-2:]
+    assert (first, second) == (3.75, 4.5)
+
+
 @pytest.mark.parametrize("length", [1, 2, 23])
 @pytest.mark.parametrize("kind", ["random", "paired", "table", "flat"])
 def test_prompt_and_tokens_fill_the_position_table(

@@ -33,6 +33,8 @@ def test_locks_are_pinned_and_hashed(lock: Path) -> None:
 def test_locks_agree_with_each_other() -> None:
     seen: dict[str, tuple[str, str]] = {}
     for lock in LOCKS:
+        if lock.stem == "bench":  # its packages are newer than PaddleNLP bears
+            continue
         for name, version in pinned(lock).items():
             if name == "paddlepaddle":
                 continue

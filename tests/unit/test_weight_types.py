@@ -70,6 +70,26 @@ def representable_tensors(tensors: Tensors, dtype: str) -> Tensors:
     return result
 
 
+def rounded_rows(x: npt.NDArray[np.float64], dtype: str, isa: str) -> npt.NDArray[np.float64]:
+    """What a kernel set multiplies by weights of the type: x [rows, n], or less exact numbers."""
+    values = x.astype(np.float32)
+    if dtype in ("int8", "int4"):
+        # Groups in 8 bits, the largest magnitude of each being 127 steps.
+        count = -(-x.shape[1] // GROUP)
+        padded = np.zeros((len(x), count * GROUP), np.float32)
+        padded[:, : x.shape[1]] = values
+        groups = padded.reshape(len(x), count, GROUP)
+        most = np.abs(groups).max(axis=2, keepdims=True)
+        inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+        steps = np.rint(groups * inverse).astype(np.float64) * (most / np.float32(127))
+        return steps.reshape(padded.shape)[:, : x.shape[1]]
+    if dtype == "bfloat16" and isa == "avx512_bf16":
+        bits = values.view(np.uint32)
+        bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+        return bits.view(np.float32).astype(np.float64)
+    return x
+
+
 def tokens_of(shape: GPTShape, count: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, shape.vocab_size, count).tolist()
 
@@ -80,9 +100,17 @@ def tokens_of(shape: GPTShape, count: int, seed: int = 1) -> list[int]:
 def test_what_the_type_holds_is_not_changed(shape: GPTShape, dtype: str, isa: str) -> None:
     tensors = representable_tensors(make_tensors(shape, WeightRecipe(seed=3)), dtype)
     tokens = tokens_of(shape, shape.max_position_embeddings)
-    expected = gpt2_logits(shape.huggingface_config(), huggingface_tensors(shape, tensors), tokens)
+    expected = gpt2_logits(
+        shape.huggingface_config(),
+        huggingface_tensors(shape, tensors),
+        tokens,
+        lambda x: rounded_rows(x, dtype, isa),
+    )
     with EngineModel(shape, tensors, isa=isa, num_threads=2, weight_dtype=dtype) as model:
-        assert normalised_error(model.logits(tokens), expected) <= 1e-10
+        error = normalised_error(model.logits(tokens), expected)
+    # Rounded rows: an element between two steps may fall to the other one in float32.
+    kept = dtype == "float16" or (dtype == "bfloat16" and isa != "avx512_bf16")
+    assert error <= (1e-10 if kept else 1e-7)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -137,7 +137,7 @@ FASTGEN_API size_t fastgen_isa_count(void);
 /**
  * Name of a kernel set.
  * @param index from 0 to fastgen_isa_count() - 1
- * @return "generic", "avx2" or "avx512", static storage; NULL past the end
+ * @return "generic", "avx2", "avx512", "avx512_vnni" or "avx512_bf16", static storage; NULL past the end
  * @since 0.1
  */
 FASTGEN_API const char* fastgen_isa_name(size_t index);

@@ -1,0 +1,92 @@
+"""16-bit weights: the tokens are PaddleNLP's on the same, rounded, weights.
+
+Where the processor multiplies pairs of bfloat16 the engine rounds activations too; what counts as
+undecided is then as much wider as such a number is coarser than the float32 of the other tests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+
+pytest.importorskip("paddlenlp", reason="PaddleNLP is not installed")
+
+from fastgen import _capi
+from fastgen.testing import strategies as fg
+from fastgen.testing.engine import EngineModel
+from fastgen.testing.margins import MARGIN, ParityLog, compare, timed_example
+from fastgen.testing.models import Tensors
+from fastgen.testing.paddlenlp import PaddleNLPReference
+from fastgen.testing.parity import resolve
+from fastgen.testing.profiles import share
+
+ISAS = [name for name, supported in _capi.isas() if supported]
+PAIRS = "avx512_bf16"  # the kernel set that multiplies pairs of bfloat16
+WIDE_MARGIN = 0.03
+WIDE_MARGIN_USES_ALLOWED = 0.05
+
+
+def rounded(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    """To the nearest number of the type, ties to even."""
+    if dtype == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
+
+
+def rounded_matrices(tensors: Tensors, dtype: str) -> Tensors:
+    """What the engine keeps in the type: matrices and the embedding of words."""
+    return {
+        name: rounded(values, dtype) if values.ndim == 2 and "position" not in name else values
+        for name, values in tensors.items()
+    }
+
+
+def check(log: ParityLog, case: fg.Case, dtype: str, isa: str, margin: float = MARGIN) -> None:
+    with timed_example(log, dtype):
+        tensors = rounded_matrices(case.tensors(), dtype)
+        reference = PaddleNLPReference.cached(case.shape, tensors)
+        case = resolve(case, reference)
+        expected = reference.generate(case.prompts, case.options, case.seed, case.first_sequence)
+        with EngineModel(case.shape, tensors, isa=isa, weight_dtype=dtype) as model:
+            actual = model.generate(case.prompts, case.options, case.seed, case.first_sequence)
+        assert len(actual) == len(expected)
+        for theirs, ours in zip(expected, actual):
+            compare(
+                log,
+                dtype,
+                theirs,
+                ours.tokens,
+                case.options,
+                case.seed,
+                finish_reason=ours.finish_reason,
+                allowed=margin,
+            )
+
+
+@share(0.03)
+@given(case=fg.cases(max_new_tokens=8))
+def test_float16(parity_log: ParityLog, case: fg.Case) -> None:
+    check(parity_log, case, "float16", ISAS[-1])
+
+
+@share(0.03)
+@given(case=fg.cases(max_new_tokens=8))
+def test_bfloat16(parity_log: ParityLog, case: fg.Case) -> None:
+    check(parity_log, case, "bfloat16", [isa for isa in ISAS if isa != PAIRS][-1])
+
+
+@pytest.mark.skipif(PAIRS not in ISAS, reason="this machine does not multiply pairs of bfloat16")
+def test_pairs_of_bfloat16() -> None:
+    log = ParityLog()  # a count of its own: many more steps are that close
+
+    @share(0.03)
+    @given(case=fg.cases(max_new_tokens=8))
+    def run(case: fg.Case) -> None:
+        check(log, case, "bfloat16", PAIRS, WIDE_MARGIN)
+
+    run()
+    assert log.margin_share < WIDE_MARGIN_USES_ALLOWED, log.summary()
