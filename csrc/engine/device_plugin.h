@@ -15,7 +15,7 @@ namespace fastgen::engine {
 
 // Rises whenever a structure below changes, or one of those it passes on: SequenceSpec,
 // PrefillChunk, DecodeResult, SamplingParams.
-constexpr uint32_t kDevicePluginVersion = 2;
+constexpr uint32_t kDevicePluginVersion = 3;
 // The function that a plug-in exports: const DevicePlugin* fastgen_device_plugin(void).
 constexpr char kDevicePluginEntry[] = "fastgen_device_plugin";
 
