@@ -3,9 +3,10 @@
     build.py <channel> [--paddle <version>] [--recipe <dir>] [--no-tests]
 
 The compiler keys are those of ci/conda/host.yaml; everything else is as it is published. Each
-package is tested as the recipe says, in an environment of the local channel. Without --paddle,
-fastgen-paddle and fastgen-tests are left out. SOURCE_DATE_EPOCH and FASTGEN_COMMIT say what the
-library tells of its sources.
+package is tested as the recipe says, in an environment of the local channel, and must hold the
+files of its manifest, recipe/manifests/<output>.txt. Without --paddle, fastgen-paddle and
+fastgen-tests are left out. SOURCE_DATE_EPOCH and FASTGEN_COMMIT say what the library tells of its
+sources.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import manifests
 import rattler_build
 import variants
 import wheels
@@ -94,6 +96,9 @@ def build(channel: Path, recipe: Path, paddle: str | None, test: bool) -> None:
             print("\n".join(lines[-40:]), file=sys.stderr)
             raise variants.RecipeError(f"{name} was not built: {error}; {log.path}") from error
         (package,) = map(Path, result.packages)
+        wrong = manifests.problems(package, recipe / "manifests")
+        if wrong:
+            raise variants.RecipeError("; ".join(wrong))
         what = "built and tested" if test else "built"
         print(f"{time.monotonic() - began:6.1f} s  {what} {package.name}", flush=True)
     shutil.rmtree(channel / "bld", ignore_errors=True)

@@ -167,8 +167,9 @@ step bootstrap bootstrap
 step render "$python" ci/conda/render.py
 step cases "$python" ci/conda/cases.py
 step build build
+step manifests "$python" ci/conda/manifests.py "$channel"
 step install install
 step use use
 [[ -z "$paddle" ]] || step parity parity
-step faults "$python" -m pytest -q -p no:cacheprovider tests/packaging
+step faults "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/packaging
 finish 0
