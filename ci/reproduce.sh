@@ -7,6 +7,7 @@
 #   ci/reproduce.sh                       all of them
 #   ci/reproduce.sh --only <a>[,<b>...]   of: sdist, wheel, shared, static, op, conda
 #   ci/reproduce.sh --source <dir>        sources other than this checkout
+#   ci/reproduce.sh --self-test           that it fails on this project with a date or a path planted in it
 #
 # The builds differ in directory, HOME, user and host name (where user namespaces are allowed), locale,
 # time zone, umask, hash seed, number of compilers at once and in the times of the source files; and the
@@ -26,6 +27,11 @@ while (($#)); do
   case "$1" in
     -h | --help) usage; exit 0 ;;
     --only) only="${2:?--only needs a list}"; shift ;;
+    --self-test)
+      ci/env.sh build build
+      ci/conda/run.sh --channel
+      exec .venv/conda/bin/python -m pytest -p no:cacheprovider -m slow tests/packaging
+      ;;
     --source) source="$(cd "${2:?--source needs a directory}" && pwd)"; shift ;;
     *) echo "ci/reproduce.sh: unknown argument '$1'; see -h" >&2; exit 2 ;;
   esac
