@@ -126,8 +126,9 @@ def main(arguments: list[str]) -> int:
         return compare(Path(arguments[1]), Path(arguments[2]))
     if len(arguments) >= 2 and arguments[0] == "search":
         return search(Path(arguments[1]), arguments[2:])
-    print(__doc__, file=sys.stderr)
-    return 2
+    asked = arguments in (["-h"], ["--help"])
+    print(__doc__, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 if __name__ == "__main__":

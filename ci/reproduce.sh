@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Builds every artifact twice and compares bytes: the wheel, the sdist, libfastgen shared and static as
-# CMake installs them, and the Paddle op library where .venv/paddle26 is. Then looks into all of them for
-# paths, dates, users and hosts of the builds. The exit status is 0 only if nothing differs or is found.
+# CMake installs them, the Paddle op library where .venv/paddle26 is, and the conda packages for CPUs. Then
+# looks into all of them for paths, dates, users and hosts of the builds. The exit status is 0 only if
+# nothing differs or is found.
 #
 #   ci/reproduce.sh                       all of them
-#   ci/reproduce.sh --only <a>[,<b>...]   of: sdist, wheel, shared, static, op
+#   ci/reproduce.sh --only <a>[,<b>...]   of: sdist, wheel, shared, static, op, conda
 #   ci/reproduce.sh --source <dir>        sources other than this checkout
+#   ci/reproduce.sh --self-test           that it fails on this project with a date or a path planted in it
 #
 # The builds differ in directory, HOME, user and host name (where user namespaces are allowed), locale,
 # time zone, umask, hash seed, number of compilers at once and in the times of the source files; and the
 # second wheel is built from the sdist. Both are told the time of the commit by SOURCE_DATE_EPOCH, and its
 # hash, if nothing has been changed since. What is built stays in .venv/reproduce. CXX names the compiler.
+#
+# Of conda packages the payload is compared, since the tool that packs them stamps times and directories:
+# ci/conda/payload.py says what is left out. They are built in a channel that ci/conda/run.sh --channel makes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +27,11 @@ while (($#)); do
   case "$1" in
     -h | --help) usage; exit 0 ;;
     --only) only="${2:?--only needs a list}"; shift ;;
+    --self-test)
+      ci/env.sh build build
+      ci/conda/run.sh --channel
+      exec .venv/conda/bin/python -m pytest -p no:cacheprovider -m slow tests/packaging
+      ;;
     --source) source="$(cd "${2:?--source needs a directory}" && pwd)"; shift ;;
     *) echo "ci/reproduce.sh: unknown argument '$1'; see -h" >&2; exit 2 ;;
   esac
@@ -30,7 +40,7 @@ done
 
 paddle=.venv/paddle26
 if [[ -z "$only" ]]; then
-  artifacts=(sdist wheel shared static)
+  artifacts=(sdist wheel shared static conda)
   if [[ -x "$paddle/bin/python" ]]; then
     artifacts+=(op)
   else
@@ -41,12 +51,13 @@ else
 fi
 for artifact in "${artifacts[@]}"; do
   case "$artifact" in
-    sdist | wheel | shared | static | op) ;;
-    *) echo "ci/reproduce.sh: '$artifact' is none of sdist, wheel, shared, static, op" >&2; exit 2 ;;
+    sdist | wheel | shared | static | op | conda) ;;
+    *) echo "ci/reproduce.sh: '$artifact' is none of sdist, wheel, shared, static, op, conda" >&2; exit 2 ;;
   esac
 done
 
 ci/env.sh build build
+[[ " ${artifacts[*]} " != *" conda "* ]] || ci/conda/run.sh --channel
 
 root="$PWD"
 where="${FASTGEN_REPRODUCE_DIRECTORY:-$PWD/.venv/reproduce}"
@@ -102,8 +113,27 @@ case "$artifact" in
     find "$out/op" ! -type d ! -name libdecoding_op.so -delete
     find "$out/op" -type d -empty -delete
     ;;
+  conda)
+    "$FASTGEN_CI/../.venv/conda/bin/python" "$FASTGEN_CI/conda/build.py" "$FASTGEN_CHANNEL" \
+      --recipe "$sources/recipe" --paddle 2.6.2 --no-tests
+    ;;
 esac
 '
+
+# Not with spaces in their names, which conda does not take.
+declare -A channels=([a]="$where/a/channel" [b]="$where/b/another-directory/of-a-longer-name/channel")
+
+# new_channel <directory>: the base of the local channel without packages of fastgen.
+new_channel() {
+  mkdir -p "${1%/*}"
+  cp -rl .venv/conda-work/channel "$1"
+  rm -f "$1"/*/*fastgen*.conda
+  # An index is written in place; the channel's own must stay as it is.
+  for index in "$1"/*/repodata*; do
+    cp "$index" "$index.new"
+    mv "$index.new" "$index"
+  done
+}
 
 # build <letter> <artifact> <sources>
 build() {
@@ -111,12 +141,12 @@ build() {
   mkdir -p "$base/home" "$base/tmp" "$where/out-$letter"
   if [[ "$letter" == a ]]; then
     user=1201
-    surroundings=(LC_ALL=C TZ=UTC0 FASTGEN_UMASK=022 PYTHONHASHSEED=1 FASTGEN_JOBS=1
+    surroundings=(LC_ALL=C TZ=UTC0 FASTGEN_UMASK=022 PYTHONHASHSEED=1 FASTGEN_JOBS=1 CPU_COUNT=1
       USER=first-builder LOGNAME=first-builder)
   else
     user=1202
     # 11:30 ahead, so that the day may be another too.
-    surroundings=(LC_ALL=C.UTF-8 LANGUAGE=de TZ=XXX-11:30 FASTGEN_UMASK=027 PYTHONHASHSEED=2 FASTGEN_JOBS=2
+    surroundings=(LC_ALL=C.UTF-8 LANGUAGE=de TZ=XXX-11:30 FASTGEN_UMASK=027 PYTHONHASHSEED=2 FASTGEN_JOBS=2 CPU_COUNT=2
       USER=second-builder LOGNAME=second-builder)
   fi
   if ((namespaces)); then
@@ -125,7 +155,8 @@ build() {
   fi
   "${own[@]}" env -i "PATH=$root/.venv/build/bin:/usr/local/bin:/usr/bin:/bin" "HOME=$base/home" "TMPDIR=$base/tmp" \
     "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" ${commit:+"FASTGEN_COMMIT=$commit"} ${CXX:+"CXX=$CXX"} \
-    "FASTGEN_PADDLE=$root/$paddle/bin/python" PYTHONDONTWRITEBYTECODE=1 "${surroundings[@]}" \
+    "FASTGEN_PADDLE=$root/$paddle/bin/python" "FASTGEN_CI=$root/ci" "FASTGEN_CHANNEL=${channels[$letter]}" \
+    PYTHONDONTWRITEBYTECODE=1 "${surroundings[@]}" \
     bash -c "$build_script" build "$artifact" "$sources" "$where/out-$letter" >"$where/$letter-$artifact.log" 2>&1 || {
     tail -n 40 "$where/$letter-$artifact.log" >&2
     echo "ci/reproduce.sh: $artifact could not be built, see $where/$letter-$artifact.log" >&2
@@ -147,6 +178,9 @@ find "$second" -exec touch -h -d "@$((SOURCE_DATE_EPOCH - 31536000))" {} +
 
 for artifact in "${artifacts[@]}"; do
   begin=$SECONDS
+  if [[ "$artifact" == conda ]]; then
+    for letter in a b; do new_channel "${channels[$letter]}"; done
+  fi
   build a "$artifact" "$first"
   sources="$second"
   if [[ "$artifact" == wheel ]] && compgen -G "$where/out-b/*.tar.gz" >/dev/null; then
@@ -165,6 +199,23 @@ for name in "$(id -un)" "$(uname -n)"; do
   if ((${#name} > 3)) && [[ "$name" != root ]]; then names+=("$name"); fi
 done
 python="$root/.venv/build/bin/python"
-"$python" ci/artifacts.py compare "$where/out-a" "$where/out-b" || status=1
-"$python" ci/artifacts.py search "$where/out-a" "$where" "$root" "$source" "${names[@]}" || status=1
+others=("${artifacts[@]/conda/}")
+if [[ -n "${others[*]// /}" ]]; then
+  "$python" ci/artifacts.py compare "$where/out-a" "$where/out-b" || status=1
+  "$python" ci/artifacts.py search "$where/out-a" "$where" "$root" "$source" "${names[@]}" || status=1
+fi
+if [[ " ${artifacts[*]} " == *" conda "* ]]; then
+  unpacked=1
+  for letter in a b; do
+    .venv/conda/bin/python ci/conda/payload.py unpack "${channels[$letter]}" "$where/conda-$letter" || unpacked=0
+    # Several GB of what can be made again.
+    rm -rf "${channels[$letter]}" "$where/$letter/home/.cache"
+  done
+  if ((unpacked)); then
+    .venv/conda/bin/python ci/conda/payload.py compare "$where/conda-a" "$where/conda-b" || status=1
+    "$python" ci/artifacts.py search "$where/conda-a" "$where" "$root" "$source" "${names[@]}" || status=1
+  else
+    status=1
+  fi
+fi
 exit "${status:-0}"

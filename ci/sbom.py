@@ -243,8 +243,9 @@ def main(arguments: list[str]) -> int:
         return write(Path(arguments[0]))
     if len(arguments) == 2 and arguments[0] == "--check":
         return check(Path(arguments[1]))
-    print(__doc__, file=sys.stderr)
-    return 0 if arguments in (["-h"], ["--help"]) else 2
+    asked = arguments in (["-h"], ["--help"])
+    print(__doc__, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 if __name__ == "__main__":

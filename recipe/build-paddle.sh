@@ -6,5 +6,7 @@ set -euo pipefail
 # From a directory of its own: the one of the sources has a package fastgen, without a library.
 mkdir build-paddle
 cd build-paddle
-FASTGEN_CACHE="$PWD" "$PYTHON" -c 'import fastgen.jit; print(fastgen.jit.build_op_library())' | tee path
+# Without the map Paddle's headers leave the directory of this build in messages. The build id would be made of the run
+# path, which is absolute until the tools write another one.
+CXX="${CXX:-c++} -ffile-prefix-map=$SP_DIR/= -Wl,--build-id=none" FASTGEN_CACHE="$PWD" "$PYTHON" -c 'import fastgen.jit; print(fastgen.jit.build_op_library())' | tee path
 install -D -m 755 "$(tail -n 1 path)" "$SP_DIR/fastgen/lib/libdecoding_op.so"

@@ -1,10 +1,12 @@
 """Builds the recipe's CPU packages for the running Python into the local channel, and tests them.
 
-    build.py <channel> [--paddle <version>] [--recipe <dir>]
+    build.py <channel> [--paddle <version>] [--recipe <dir>] [--no-tests]
 
 The compiler keys are those of ci/conda/host.yaml; everything else is as it is published. Each
-package is tested as the recipe says, in an environment of the local channel. Without --paddle,
-fastgen-paddle and fastgen-tests are left out.
+package is tested as the recipe says, in an environment of the local channel, and must hold the
+files of its manifest, recipe/manifests/<output>.txt. Without --paddle, fastgen-paddle and
+fastgen-tests are left out. SOURCE_DATE_EPOCH and FASTGEN_COMMIT say what the library tells of its
+sources.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import manifests
 import rattler_build
 import variants
 import wheels
@@ -53,7 +56,7 @@ class Log:
         return lambda *arguments, **keywords: None
 
 
-def build(channel: Path, recipe: Path, paddle: str | None) -> None:
+def build(channel: Path, recipe: Path, paddle: str | None, test: bool) -> None:
     rows = [
         row
         for row in variants.read_rows(recipe)
@@ -78,7 +81,10 @@ def build(channel: Path, recipe: Path, paddle: str | None) -> None:
         try:
             result = variant.run_build(
                 tool_config=rattler_build.ToolConfiguration(
-                    test_strategy="native", use_sharded=False
+                    test_strategy="native" if test else "skip",
+                    # Its replacement would break strings whose length the compiler knows.
+                    error_prefix_in_binary=True,
+                    use_sharded=False,
                 ),
                 output_dir=channel,
                 channels=[channel.as_uri()],
@@ -89,11 +95,12 @@ def build(channel: Path, recipe: Path, paddle: str | None) -> None:
             lines = log.path.read_text(encoding="utf-8").splitlines()
             print("\n".join(lines[-40:]), file=sys.stderr)
             raise variants.RecipeError(f"{name} was not built: {error}; {log.path}") from error
-        print(
-            f"{time.monotonic() - began:6.1f} s  built and tested "
-            f"{', '.join(Path(path).name for path in result.packages)}",
-            flush=True,
-        )
+        (package,) = map(Path, result.packages)
+        wrong = manifests.problems(package, recipe / "manifests")
+        if wrong:
+            raise variants.RecipeError("; ".join(wrong))
+        what = "built and tested" if test else "built"
+        print(f"{time.monotonic() - began:6.1f} s  {what} {package.name}", flush=True)
     shutil.rmtree(channel / "bld", ignore_errors=True)
 
 
@@ -104,9 +111,15 @@ def main() -> int:
     parser.add_argument("channel", type=Path, help="made by bootstrap.py")
     parser.add_argument("--paddle", help="build the Paddle outputs for this version of it")
     parser.add_argument("--recipe", type=Path, default=variants.RECIPE, help="its directory")
+    parser.add_argument("--no-tests", action="store_true", help="only builds")
     arguments = parser.parse_args()
     try:
-        build(arguments.channel.resolve(), arguments.recipe.resolve(), arguments.paddle)
+        build(
+            arguments.channel.resolve(),
+            arguments.recipe.resolve(),
+            arguments.paddle,
+            not arguments.no_tests,
+        )
     except variants.RecipeError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@
 #
 #   ci/conda/run.sh               everything
 #   ci/conda/run.sh --no-paddle   without Paddle: fastgen-paddle and fastgen-tests are left out
+#   ci/conda/run.sh --channel     only the environment and the base of the channel, for ci/reproduce.sh
 #
 # Needs Python 3.11 (with venv), git, g++ and the package index. Everything lands in .venv: the environment
 # .venv/conda, the channel .venv/conda-work/channel, logs of the builds in .venv/conda-work/logs. The channel's
@@ -13,9 +14,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 paddle=2.6.2
+only_channel=0
 case "${1:-}" in
   -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
   --no-paddle) paddle="" ;;
+  --channel) only_channel=1 ;;
   "") ;;
   *) echo "ci/conda/run.sh: unknown argument '$1'; see -h" >&2; exit 2 ;;
 esac
@@ -95,7 +98,7 @@ bootstrap() {
 package_hash() {
   {
     cat "$work/base"
-    echo "paddle $paddle"
+    echo "paddle $paddle, sources of ${SOURCE_DATE_EPOCH:-} ${FASTGEN_COMMIT:-}"
     find recipe CMakeLists.txt LICENSE README.md pyproject.toml cmake csrc fastgen tests/conftest.py tests/cpp/consumer \
       tests/lib tests/parity ci/conda/build.py ci/conda/host.yaml ci/conda/variants.py -type f ! -name '*.pyc' -print0 |
       LC_ALL=C sort -z | xargs -0 sha256sum
@@ -160,11 +163,13 @@ parity() {
 
 step environment environment
 step bootstrap bootstrap
+((!only_channel)) || finish 0
 step render "$python" ci/conda/render.py
 step cases "$python" ci/conda/cases.py
 step build build
+step manifests "$python" ci/conda/manifests.py "$channel"
 step install install
 step use use
 [[ -z "$paddle" ]] || step parity parity
-step faults "$python" -m pytest -q -p no:cacheprovider tests/packaging
+step faults "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/packaging
 finish 0

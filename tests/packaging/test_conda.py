@@ -5,16 +5,20 @@ Run by ci/conda/run.sh in .venv/conda; elsewhere there is no rattler-build and t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rattler_build", reason="runs in .venv/conda, by ci/conda/run.sh")
+rattler_build = pytest.importorskip(
+    "rattler_build", reason="runs in .venv/conda, by ci/conda/run.sh"
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONDA = ROOT / "ci" / "conda"
@@ -168,41 +172,283 @@ CONTENT_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", CONTENT_FAULTS)
-def test_building_finds(fault: str, recipe: Path, tmp_path: Path) -> None:
-    left_out, put_in, message = CONTENT_FAULTS[fault]
-    text = (recipe / "recipe.yaml").read_text(encoding="utf-8")
-    section = text[text.index("name: libfastgen\n") : text.index("name: libfastgen-static\n")]
-    version = re.search(r"^  version: (\S+)$", text, flags=re.MULTILINE)
-    assert version is not None
-    files = [
-        line.strip()[2:].replace("${{ version }}", version[1])
-        for line in section[section.index("files:") : section.index("- etc/conda")].splitlines()
-        if line.strip().startswith("- ")
-    ]
-    assert not left_out or left_out in files
-    # What is tested is the list of files, so nothing need be compiled.
-    script = ["set -e", 'cd "$PREFIX"']
-    for file in [*(file for file in files if file != left_out), *filter(None, [put_in])]:
-        script += [f'mkdir -p "{Path(file).parent}"', f'echo "{file}" >"{file}"']
-    (recipe / "build-libfastgen.sh").write_text("\n".join(script) + "\n", encoding="utf-8")
-    shutil.copy(ROOT / "LICENSE", tmp_path)
-    shutil.copytree(ROOT / "tests" / "cpp", tmp_path / "tests" / "cpp")
-    channel = tmp_path / "work" / "channel"
-    shutil.copytree(CHANNEL, channel, copy_function=os.link)
+def copy_channel(target: Path) -> Path:
+    """The local channel, in hard links."""
+    channel = Path(shutil.copytree(CHANNEL, target, copy_function=os.link))
     # An index is written in place; the real channel's must stay as it is.
     for index in channel.glob("*/repodata*"):
         text = index.read_text(encoding="utf-8")
         index.unlink()
         index.write_text(text, encoding="utf-8")
-    done = run("build.py", channel, "--recipe", recipe)
+    return channel
+
+
+def manifest_files(recipe: Path, name: str, version: str) -> list[str]:
+    """What the build script of an output has to make, as its manifest lists it."""
+    text = (recipe / "manifests" / f"{name}.txt").read_text(encoding="utf-8")
+    replacements = {
+        "{version}": version,
+        "{soversion}": version.rpartition(".")[0],
+        "{python}": f"{sys.version_info[0]}.{sys.version_info[1]}",
+    }
+    for key, value in replacements.items():
+        text = text.replace(key, value)
+    # The build tool puts the files of tests there.
+    return [line for line in text.splitlines() if not line.startswith("etc/conda/test-files/")]
+
+
+def write_files(script: Path, files: list[str]) -> None:
+    """Makes a build script that only writes files: lists of them need nothing compiled."""
+    lines = ["set -e", 'cd "$PREFIX"']
+    for file in files:
+        name, link = file.removesuffix(" (link)"), file.endswith(" (link)")
+        lines.append(f'mkdir -p "{Path(name).parent}"')
+        lines.append(f'ln -s nothing "{name}"' if link else f'echo "{name}" >"{name}"')
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def build_nothing(
+    recipe: Path, work: Path, left_out: str, put_in: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """build.py on a libfastgen of empty files: those of its manifest, but for two."""
+    text = (recipe / "recipe.yaml").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^  version: (\S+)$", text, re.MULTILINE)
+    files = manifest_files(recipe, "libfastgen", version)
+    assert not left_out or left_out in files
+    files = [*(file for file in files if file != left_out), *filter(None, [put_in])]
+    write_files(recipe / "build-libfastgen.sh", files)
+    shutil.copy(ROOT / "LICENSE", recipe.parent)
+    shutil.copytree(ROOT / "tests" / "cpp", recipe.parent / "tests" / "cpp")
+    return run("build.py", copy_channel(work / "channel"), "--recipe", recipe, *options)
+
+
+@pytest.mark.parametrize("fault", CONTENT_FAULTS)
+def test_building_finds(fault: str, recipe: Path, tmp_path: Path) -> None:
+    left_out, put_in, message = CONTENT_FAULTS[fault]
+    done = build_nothing(recipe, tmp_path / "work", left_out, put_in)
     assert done.returncode == 1, done.stdout
     assert "failed package content tests" in done.stderr
     assert any(message in line for line in done.stderr.splitlines() if line.startswith("[error]"))
 
 
+@pytest.mark.parametrize("fault", CONTENT_FAULTS)
+def test_building_compares_with_the_manifest(fault: str, recipe: Path, tmp_path: Path) -> None:
+    left_out, put_in, _ = CONTENT_FAULTS[fault]
+    # Without the recipe's own test, which would be first.
+    text = (recipe / "recipe.yaml").read_text(encoding="utf-8")
+    start = text.index("      - package_contents:\n", text.index("name: libfastgen\n"))
+    end = text.index("      - files:\n", start)
+    (recipe / "recipe.yaml").write_text(text[:start] + text[end:], encoding="utf-8")
+    done = build_nothing(recipe, tmp_path / "work", left_out, put_in, "--no-tests")
+    assert done.returncode == 1, done.stdout
+    expected = (
+        f"output libfastgen lacks {left_out}"
+        if left_out
+        else f"output libfastgen has {put_in}, which its manifest does not list"
+    )
+    assert done.stderr == f"build.py: {expected}\n"
+
+
+# ---- Manifests and payloads of the packages that were really built -----------------------------
+
+
+def repack(channel: Path, name: str, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    """Puts a changed package in the place of the one in the channel."""
+    (package,) = (channel / "linux-64").glob(f"{name}-[0-9]*.conda")
+    build = package.name.removesuffix(".conda").split("-")[-1]
+    version = package.name.removesuffix(".conda").split("-")[-2]
+    root = tmp_path / "changed"
+    # In a process of its own: see ci/conda/leave.py.
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys; from rattler.package_streaming import extract;"
+            "extract(sys.argv[1], sys.argv[2]); os._exit(0)",
+            package,
+            root,
+        ],
+        check=True,
+    )
+    shutil.rmtree(root / "info")
+    change(root)
+    package.unlink()
+    rattler_build.assemble_package(
+        name=name,
+        version=version,
+        target_platform="linux-64",
+        build_string=build,
+        output_dir=channel / "linux-64",
+        files_dir=root,
+        license="none",
+        summary="changed",
+        compression_level=1,
+    )
+    assert package.is_file()
+
+
+SITE = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/fastgen"
+SITE_TAG = f"{sys.version_info[0]}{sys.version_info[1]}"
+# Output, the file that goes or comes, and whether it goes.
+MANIFEST_FAULTS = {
+    "libfastgen without a header": ("libfastgen", "include/fastgen/fastgen.hpp", True),
+    "libfastgen with a static library": ("libfastgen", "lib/libfastgen.a", False),
+    "libfastgen-static without a CMake file": (
+        "libfastgen-static",
+        "lib/fastgen-static/lib/cmake/fastgen/fastgenConfig.cmake",
+        True,
+    ),
+    # The recipe's own test of these two outputs does not ask for every file.
+    "fastgen without a header": ("fastgen", f"{SITE}/include/fastgen/fastgen.hpp", True),
+    "fastgen with a static library": ("fastgen", f"{SITE}/lib/libfastgen.a", False),
+    "fastgen-tests without a test": (
+        "fastgen-tests",
+        "share/fastgen/tests/parity/test_op.py",
+        True,
+    ),
+}
+
+
+def test_the_packages_are_those_of_the_manifests() -> None:
+    done = run("manifests.py", CHANNEL)
+    assert done.returncode == 0, done.stderr
+    assert "libfastgen-cuda: not in this channel, so not compared" in done.stdout
+
+
+@pytest.mark.parametrize("fault", MANIFEST_FAULTS)
+def test_manifests_find(fault: str, tmp_path: Path) -> None:
+    name, file, goes = MANIFEST_FAULTS[fault]
+    channel = copy_channel(tmp_path / "channel")
+    if not list((channel / "linux-64").glob(f"{name}-[0-9]*.conda")):
+        pytest.skip(f"{name} was not built: ci/conda/run.sh --no-paddle")
+
+    def change(root: Path) -> None:
+        if goes:
+            (root / file).unlink()
+        else:
+            (root / file).write_text("!<arch>\n")
+
+    repack(channel, name, tmp_path, change)
+    done = run("manifests.py", channel)
+    assert done.returncode == 1, done.stdout
+    sentence = "lacks {}" if goes else "has {}, which its manifest does not list"
+    assert done.stderr == f"manifests.py: output {name} {sentence.format(file)}\n"
+
+
+def test_a_file_in_the_place_of_a_link_is_found(tmp_path: Path) -> None:
+    channel = copy_channel(tmp_path / "channel")
+
+    def change(root: Path) -> None:
+        library = root / "lib" / "libfastgen.so"
+        target = library.resolve()
+        library.unlink()
+        shutil.copy(target, library)
+
+    repack(channel, "libfastgen", tmp_path, change)
+    done = run("manifests.py", channel)
+    assert done.returncode == 1
+    assert "output libfastgen lacks lib/libfastgen.so (link)" in done.stderr
+
+
+def test_every_output_has_a_manifest_and_no_other(recipe: Path) -> None:
+    (recipe / "manifests" / "libfastgen-cuda.txt").rename(recipe / "manifests" / "other.txt")
+    done = run("manifests.py", CHANNEL, "--recipe", recipe)
+    assert done.returncode == 1
+    assert "output libfastgen-cuda has no manifest" in done.stderr
+    assert "other.txt is of no output of the recipe" in done.stderr
+
+
+def test_manifests_are_written_as_they_are(recipe: Path) -> None:
+    done = run("manifests.py", CHANNEL, "--recipe", recipe, "--write")
+    assert done.returncode == 0, done.stderr
+    for path in (ROOT / "recipe" / "manifests").glob("*.txt"):
+        assert (recipe / "manifests" / path.name).read_text() == path.read_text(), path.name
+
+
+def test_the_recipe_asks_for_what_the_manifest_of_the_unbuilt_output_lists() -> None:
+    text = (ROOT / "recipe" / "recipe.yaml").read_text(encoding="utf-8")
+    section = text[text.index("name: libfastgen-cuda\n") : text.index("name: fastgen\n")]
+    files = re.search(r"strict: true\n\s+files:\n((?:\s+- \S+\n)+)", section)
+    assert files is not None
+    listed = [line.strip()[2:] for line in files[1].splitlines()]
+    assert (ROOT / "recipe/manifests/libfastgen-cuda.txt").read_text().splitlines() == listed
+
+
+def test_payloads_are_compared_file_by_file(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        done = run("payload.py", "unpack", CHANNEL, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    done = run("payload.py", "compare", tmp_path / "one", tmp_path / "two")
+    assert done.returncode == 0, done.stdout
+    assert all(line.startswith("identical  ") for line in done.stdout.splitlines())
+    assert re.search(r"conda package libfastgen: \d+ files and \d+ of info/\n", done.stdout)
+
+    index = tmp_path / "two" / "fastgen" / "info" / "index.json"
+    assert "timestamp" not in json.loads(index.read_text())
+    seed(index, "click >=8.0", "click >=8.1")
+    with (tmp_path / "two" / "libfastgen" / "bin" / "fastgen-gpt").open("ab") as program:
+        program.write(b"x")
+    shutil.rmtree(tmp_path / "two" / "libfastgen-static")
+    done = run("payload.py", "compare", tmp_path / "one", tmp_path / "two")
+    assert done.returncode == 1
+    different = [line for line in done.stdout.splitlines() if line.startswith("DIFFERENT")]
+    assert "conda package fastgen: info/index.json: from byte" in different[0]
+    assert "conda package libfastgen: bin/fastgen-gpt: from byte" in different[1]
+    assert all("libfastgen-static: " in line for line in different[2:])
+    assert len(different) > 12
+
+
+@pytest.mark.slow
+def test_byte_code_that_tells_its_directory_is_found(tmp_path: Path) -> None:
+    """ci/reproduce.sh on this project's own recipe, with a fault, and without what compiles."""
+    if not list((CHANNEL / "linux-64").glob("paddlepaddle-[0-9]*.conda")):
+        pytest.skip("the channel has no Paddle: ci/conda/run.sh --no-paddle")
+    source = tmp_path / "source"
+    for name in ("csrc", "fastgen", "recipe", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    recipe = source / "recipe"
+    (version,) = re.findall(
+        r"^  version: (\S+)$", (recipe / "recipe.yaml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for name in ("libfastgen", "libfastgen-static", "fastgen-paddle"):
+        script = recipe / f"build-{name.removeprefix('libfastgen-').removeprefix('fastgen-')}.sh"
+        assert script.is_file()
+        write_files(script, manifest_files(recipe, name, version))
+    seed(recipe / "build-python.sh", '--invalidation-mode checked-hash -s "$SP_DIR" ', "")
+    work = tmp_path / "work"
+    done = subprocess.run(
+        [ROOT / "ci" / "reproduce.sh", "--source", source, "--only", "conda"],
+        env={**os.environ, "FASTGEN_REPRODUCE_DIRECTORY": str(work)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    code = f"{SITE}/__pycache__/info.cpython-{SITE_TAG}.pyc"
+    assert any(
+        line.startswith(f"DIFFERENT  conda package fastgen: {code}: from byte") for line in lines
+    ), done.stdout
+    assert any(line.startswith(f"FOUND      '{work}' in fastgen/{code}") for line in lines)
+    # The others have no fault.
+    for name in ("libfastgen", "libfastgen-static", "fastgen-paddle", "fastgen-tests"):
+        assert any(
+            line.startswith("identical  ") and f"conda package {name}: " in line for line in lines
+        ), (name, done.stdout)
+
+
 def test_every_script_explains_itself() -> None:
-    for script in ("bootstrap.py", "build.py", "render.py", "cases.py", "solve.py"):
+    for script in (
+        "bootstrap.py",
+        "build.py",
+        "render.py",
+        "cases.py",
+        "solve.py",
+        "payload.py",
+        "manifests.py",
+    ):
         done = run(script, "-h")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("usage: ")

@@ -1,4 +1,4 @@
-"""ci/reproduce.sh on a project of one file: what it takes, and what it must not let through."""
+"""ci/reproduce.sh on a project of one file and on this one: what it takes, what it must find."""
 
 from __future__ import annotations
 
@@ -29,27 +29,36 @@ install(TARGETS tiny LIBRARY DESTINATION lib ARCHIVE DESTINATION lib)
 """
 
 
-def reproduce(tmp_path: Path, value: str, only: str = "shared,static") -> tuple[int, str]:
-    """Exit status and output for a library that holds one string."""
+def run_reproduce(tmp_path: Path, source: Path, only: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output."""
     for tool in ("g++", "git"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     if not (ROOT / ".venv" / "build").is_dir():
         pytest.skip("ci/reproduce.sh needs the environment .venv/build, which ci/test.sh makes")
+    done = subprocess.run(
+        [str(ROOT / "ci" / "reproduce.sh"), "--source", str(source), "--only", only],
+        env={
+            **os.environ,
+            "FASTGEN_REPRODUCE_DIRECTORY": str(tmp_path / "work"),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1000,
+    )
+    return done.returncode, done.stdout
+
+
+def reproduce(tmp_path: Path, value: str, only: str = "shared,static") -> tuple[int, str]:
+    """Exit status and output for a library that holds one string."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "CMakeLists.txt").write_text(CMAKE)
     (source / "tiny.cc").write_text(f"extern const char* value;\nconst char* value = {value};\n")
     shutil.copy(ROOT / "cmake" / "FastgenReproducible.cmake", source)
-    done = subprocess.run(
-        [str(ROOT / "ci" / "reproduce.sh"), "--source", str(source), "--only", only],
-        env={**os.environ, "FASTGEN_REPRODUCE_DIRECTORY": str(tmp_path / "work")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
+    return run_reproduce(tmp_path, source, only)
 
 
 def test_the_name_of_a_source_file_is_no_trace(tmp_path: Path) -> None:
@@ -79,6 +88,58 @@ def test_a_planted_path_is_found(tmp_path: Path) -> None:
     assert code == 1, output
     assert "DIFFERENT  static/lib/libtiny.a" in output
     assert f"FOUND      '{tmp_path}/work' in static/lib/libtiny.a" in output
+
+
+# ---- The project itself ------------------------------------------------------------------------
+
+
+# File, what is replaced in it, by what, and how the lines about it begin.
+FAULTS = {
+    "a date in the library": (
+        "csrc/api/fastgen.cc",
+        "return FASTGEN_VERSION;",
+        'return FASTGEN_VERSION " of " __DATE__;',
+        # gcc takes it from SOURCE_DATE_EPOCH, so the bytes agree.
+        ["FOUND      a date in shared/lib/libfastgen.so."],
+    ),
+    "a build path beside the library": (
+        "cmake/fastgen.pc.in",
+        "Name: fastgen\n",
+        "builddir=@CMAKE_CURRENT_BINARY_DIR@\nName: fastgen\n",
+        [
+            "DIFFERENT  shared/lib/pkgconfig/fastgen.pc:",
+            "FOUND      '{work}' in shared/lib/pkgconfig/fastgen.pc:",
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_planted_in_this_project_is_found(tmp_path: Path, fault: str) -> None:
+    file, old, new, expected = FAULTS[fault]
+    source = tmp_path / "source"
+    # What CMake reads of the project.
+    for name in ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name)
+        else:
+            source.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, source)
+    text = (source / file).read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file} has no {old!r} any more: choose another fault"
+    (source / file).write_text(text.replace(old, new), encoding="utf-8")
+    # The same compiler, with less work: what is looked for does not depend on optimisation.
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -O0\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    code, output = run_reproduce(tmp_path, source, "shared", CXX=str(compiler))
+    assert code == 1, output
+    # These, and nothing else.
+    found = [line for line in output.splitlines() if line.startswith(("FOUND", "DIFFERENT"))]
+    assert len(found) == len(expected), output
+    for line, begin in zip(found, expected):
+        assert line.startswith(begin.format(work=tmp_path / "work")), output
 
 
 # ---- ci/artifacts.py by itself -----------------------------------------------------------------
