@@ -394,7 +394,8 @@ def _write_table(document: dict[str, Any]) -> None:
     bandwidth = document["read_bandwidth"]
     click.echo(
         f"{document['name']}: {info['num_layers']} layers, hidden {info['hidden_size']}, "
-        f"{info['weight_dtype']}, cache {info['cache_dtype']}, {info['device']}/{info['isa']}, {info['num_threads']} threads"
+        f"{info['weight_dtype']}, cache {info['cache_dtype']}, {info['device']}/{info['isa']}, "
+        f"{info['num_threads']} threads"
     )
     click.echo(
         f"weights {info['weight_bytes'] / 1e6:.1f} MB, {info['step_bytes'] / 1e6:.1f} MB per step; "
