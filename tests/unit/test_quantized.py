@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from fastgen_tests.model_files import split_file
 
-from fastgen import Generator, _quantize
+from fastgen import Generator, _capi, _quantize
 from fastgen.convert import convert, load_directory, write_directory
 from fastgen.errors import InvalidArgumentError, ModelFileError
 
@@ -232,3 +233,71 @@ def test_a_matrix_without_two_dimensions(make_model: Callable[..., Any], tmp_pat
     write_directory(source, model.config, model.tensors, None)
     with pytest.raises(ModelFileError, match=r"tensor h\.0\.mlp\.c_fc\.weight has shape \[2343\]"):
         convert(str(source), tmp_path / "out", weight_dtype="int8")
+
+
+# ---- fastgen_quantize() ------------------------------------------------------------------------
+
+
+def native_matrix(array: np.ndarray, dtype: int = _capi.FLOAT32) -> _capi.Tensor:
+    matrix = _capi.Tensor()
+    matrix.name = b"x"
+    matrix.data = array.ctypes.data
+    matrix.dtype = dtype
+    matrix.num_dims = array.ndim
+    matrix.shape[: array.ndim] = array.shape
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"matrix": None}, "matrix is NULL"),
+        ({"values": None}, "values is NULL"),
+        ({"weight_dtype": None}, "weight_dtype is NULL"),
+        ({"scales": None}, "scales is NULL"),
+        ({"is_table": 2}, "is_table is 2, it must be 0 or 1"),
+        ({"weight_dtype": b"float32"}, "weight_dtype is 'float32', it must be float16, bfloat16,"),
+        ({"weight_dtype": b"int3"}, "weight_dtype is 'int3', it must be float16, bfloat16, int8"),
+        (
+            {"weight_dtype": b"int4", "is_table": 1},
+            "weight_dtype is int4 for the table 'x', it mus",
+        ),
+        ({"num_dims": 1}, "matrix 'x' has the shape [4], it must have two dimensions"),
+        ({"shape": (0, 5)}, "tensors[0].shape of 'x' has the size 0"),
+        ({"shape": (2**62, 4)}, "has too many elements"),
+        ({"dtype": _capi.INT32}, "tensors[0].dtype is 3, it must be 0 (float32), 1 (float16) or"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_rounded(changes: dict[str, Any], sentence: str) -> None:
+    array = np.ones((4, 5), np.float32)
+    values, scales = np.zeros(20, np.int8), np.zeros(5, np.uint16)
+    matrix = native_matrix(array, changes.get("dtype", _capi.FLOAT32))
+    matrix.num_dims = changes.get("num_dims", 2)
+    matrix.shape[:2] = changes.get("shape", array.shape)
+    status = _capi.library().fastgen_quantize(
+        ctypes.byref(matrix) if changes.get("matrix", True) else None,
+        changes.get("is_table", 0),
+        changes.get("weight_dtype", b"int8"),
+        values.ctypes.data if changes.get("values", True) else None,
+        scales.ctypes.data if changes.get("scales", True) else None,
+    )
+    assert status == _capi.INVALID_ARGUMENT
+    assert sentence in _capi.last_error()
+    assert not values.any()
+
+
+@pytest.mark.parametrize("is_table", [0, 1])
+def test_rounding_by_hand(is_table: int) -> None:
+    """int8 of one group: the largest magnitude is 127 steps; a table is a layer transposed."""
+    array = np.array([[1.0, -254.0, 0.0], [-0.5, 127.0, 0.0]], np.float32)
+    given = np.ascontiguousarray(array.T) if is_table else array
+    values, scales = np.zeros(given.shape, np.int8), np.zeros(3, np.float16)
+    status = _capi.library().fastgen_quantize(
+        ctypes.byref(native_matrix(given)), is_table, b"int8", values.ctypes.data,
+        scales.ctypes.data,
+    )  # fmt: skip
+    assert status == _capi.OK
+    expected = [[127, -127, 0], [-64, 64, 0]]  # ties go to even
+    assert (values.T if is_table else values).tolist() == expected
+    assert scales.tolist() == [float(np.float16(1 / 127)), 2.0, 0.0]
