@@ -153,5 +153,6 @@ def write_safetensors(
                 if array.nbytes != entry.num_bytes:
                     raise AssertionError(f"{entry} became {array.nbytes} bytes")
                 file.write(np.ascontiguousarray(array).data)
+                drop_pages(array)
             if report is not None:
                 report(done, len(sources))
