@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastgen_tests.model_files import (
     FUZZ,
@@ -17,10 +18,12 @@ from fastgen_tests.model_files import (
     refused,
     safetensors_bytes,
     split_file,
+    to_paddlenlp,
     write_model,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from fastgen.convert import convert
 
@@ -180,3 +183,59 @@ def test_a_tied_head_that_differs(rounded: Callable[[str], Path], tmp_path: Path
     damaged = data[:-1] + bytes([data[-1] ^ 1])  # a scale
     other = write_model(tmp_path / "other", config, safetensors_bytes(header, damaged))
     refused(other, "'lm_head.weight.int8' differs from 'wte.weight.int8'", "tied")
+
+
+# ---- Good files of no writer of ours -------------------------------------------------------------
+
+
+def arrays_of(directory: Path) -> dict[str, np.ndarray]:
+    header, data = split_file(directory / "model.safetensors")
+    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
+    return {
+        name: np.frombuffer(data[slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_names_of_paddlenlp(
+    rounded: Callable[[str], Path], tmp_path: Path, stored: str, fused: bool
+) -> None:
+    """q, k and v in tensors of their own, or head by head in one: so are their scales."""
+    forms: dict[str, dict[str, np.ndarray]] = {"": {}, ".int8": {}, ".int4": {}, ".scales": {}}
+    for name, array in arrays_of(rounded(stored)).items():
+        form = next((form for form in forms if form and name.endswith(form)), "")
+        forms[form][name[: len(name) - len(form)]] = array
+    tensors = {}
+    for form, arrays in forms.items():
+        # to_paddlenlp() copies the embedding as a head, which only some forms have.
+        given = {"wte.weight": forms[".int8"]["wte.weight"], **arrays}
+        for name, array in to_paddlenlp(given, "gpt.", fused).items():
+            table = "word_embeddings" in name or name == "lm_head.weight"
+            if not table or "wte.weight" in arrays:
+                tensors[f"{name}{form}"] = array
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text((rounded(stored) / "config.json").read_text())
+    save_file(tensors, directory / "model.safetensors")
+    with load(directory) as model, load(rounded(stored)) as expected:
+        assert model.info == expected.info
+        assert (model.logits(PROMPT) == expected.logits(PROMPT)).all()
+
+
+def test_shards(rounded: Callable[[str], Path], tmp_path: Path) -> None:
+    """Numbers and scales may lie in different files."""
+    parts: list[dict[str, np.ndarray]] = [{}, {}]
+    for name, array in arrays_of(rounded("int8")).items():
+        parts[name.endswith(".scales")][name] = array
+    for i, part in enumerate(parts):
+        save_file(part, tmp_path / f"{i}.safetensors")
+    index = {"weight_map": {name: f"{i}.safetensors" for i in (0, 1) for name in parts[i]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text((rounded("int8") / "config.json").read_text())
+    with load(tmp_path) as model, load(rounded("int8")) as expected:
+        assert (model.logits(PROMPT) == expected.logits(PROMPT)).all()
