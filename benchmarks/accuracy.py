@@ -1,4 +1,5 @@
-"""What types of weights and of the KV cache lose: logits of a random network, and perplexity of the embedded model.
+"""What types of weights and of the KV cache lose: logits of a random network, and perplexity of the
+embedded model.
 
 python -m benchmarks.accuracy --help
 """

@@ -250,6 +250,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [POINTER(Tensor), c_size_t, c_char_p, c_void_p, POINTER(c_uint64)],
     ),
+    "fastgen_quantize": (c_int, [POINTER(Tensor), c_int32, c_char_p, c_void_p, c_void_p]),
     "fastgen_model_get_config": (c_int, [c_void_p, POINTER(Config)]),
     "fastgen_model_get_info": (c_int, [c_void_p, POINTER(ModelInfo)]),
     "fastgen_model_free": (None, [c_void_p]),

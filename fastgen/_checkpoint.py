@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen import _export
+from fastgen import _export, _quantize
 from fastgen._json import read_json
+from fastgen._safetensors import (
+    Tensors,
+    is_buffer,
+    read_safetensors,
+    write_safetensors,
+)
 from fastgen.errors import (
     InvalidArgumentError,
     ModelFileError,
@@ -29,8 +34,6 @@ from fastgen.errors import (
     UnsupportedError,
 )
 from fastgen.tokenizer import TOKENIZER_FILES
-
-Tensors = dict[str, np.ndarray]
 
 #: Of PaddleNLP's code: its layers ignore `layer_norm_eps` of the configuration.
 PADDLENLP_EPS = 1e-5
@@ -101,58 +104,6 @@ def import_paddlenlp() -> Any:
     return paddlenlp.transformers
 
 
-def read_safetensors(path: Path) -> Tensors:
-    """Every tensor of a safetensors file, mapped; bfloat16 becomes float32, in memory.
-
-    Raises:
-        NotFoundError: the file cannot be read.
-        ModelFileError: it is not a safetensors file, or holds another type.
-    """
-    import safetensors
-
-    types = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
-    tensors: Tensors = {}
-    try:
-        with path.open("rb") as file:
-            # What stands in the header is checked here, against the size of the file too.
-            with safetensors.safe_open(str(path), framework="numpy"):
-                pass
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except OSError as error:
-        raise NotFoundError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # SafetensorError is not part of its documented interface
-        raise ModelFileError(f"{path} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    file_data = np.memmap(path, dtype=np.uint8, mode="r")[8 + size :]
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        data = file_data[begin:end]
-        if entry["dtype"] == "BF16":
-            bits = data.view("<u2").astype("<u4") << np.uint32(16)
-            array: np.ndarray = bits.view(np.float32)
-        elif entry["dtype"] in types:
-            array = data.view(types[entry["dtype"]])
-        elif _is_buffer(name):
-            continue
-        else:
-            raise ModelFileError(
-                f"{path}: tensor {name} is {entry['dtype']}: it must be F32, F16, BF16 or F64"
-            )
-        tensors[name] = array.reshape(entry["shape"])
-    return tensors
-
-
-def drop_pages(array: np.ndarray) -> None:
-    """The caller is done with a tensor for now: if it is mapped, none of its file needs to stay in
-    this process's memory. What is read again comes back."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 def is_paddlenlp_directory(directory: Path) -> bool:
     """Whether a directory holds a checkpoint of PaddleNLP that has not been converted."""
     if any(directory.glob("model_state*.pdparams*")):
@@ -188,18 +139,19 @@ def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
             f"{directory / 'config.json'}: model_type is {config['model_type']!r}: it must be "
             "'gpt2', or 'gpt' for a checkpoint of PaddleNLP"
         )
+    stored = _quantize.stored_weight_dtype(config, directory / "config.json")
+    if stored in ("int8", "int4"):
+        raise ModelFileError(
+            f"{directory} has weights that were rounded to {stored}, which only the engine reads: "
+            "use the model that it was converted from"
+        )
     weights = directory / "model.safetensors"
     tensors = {
         name[len("transformer.") :] if name.startswith("transformer.") else name: array
         for name, array in read_safetensors(weights).items()
-        if not _is_buffer(name)
+        if not is_buffer(name)
     }
     return config, tensors
-
-
-def _is_buffer(name: str) -> bool:
-    """Causal masks that old checkpoints of HuggingFace carry."""
-    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _paddlenlp_config(directory: Path) -> dict[str, Any]:
@@ -408,20 +360,33 @@ def write_directory(
     tensors: Mapping[str, np.ndarray],
     tokenizer_source: Path | None,
     *,
+    weight_dtype: str | None = None,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a model directory aside and renames it, so that it is there whole or not at all.
+
+    Args:
+        weight_dtype: type of the matrices, see :func:`fastgen.convert.convert`; None: every tensor
+            as it is.
+        progress: called with tensors written and tensors in all.
 
     Raises:
         InvalidArgumentError: `destination` exists, and `force` is off or it is not a model.
         OSError: it cannot be written.
     """
-    from safetensors.numpy import save_file
-
+    config = {name: value for name, value in config.items() if name != _quantize.KEY}
+    if weight_dtype is not None:
+        scheme = _quantize.scheme(weight_dtype)
+        if scheme is not None:
+            config[_quantize.KEY] = scheme
+        if weight_dtype.endswith(("float16", "float32")):
+            config["torch_dtype"] = weight_dtype
     with new_directory(destination, force) as new:
-        text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
-        save_file(dict(tensors), str(new / "model.safetensors"), metadata={"format": "pt"})
+        sources = _quantize.sources(tensors, weight_dtype)
+        write_safetensors(new / "model.safetensors", sources, progress)
         for name in TOKENIZER_FILES:
             if tokenizer_source is not None and (tokenizer_source / name).is_file():
                 shutil.copyfile(tokenizer_source / name, new / name)

@@ -76,7 +76,7 @@ def model_options(
     num_threads: int | None,
     isa: str | None,
     device: str,
-    weight_dtype: str,
+    weight_dtype: str | None,
     cache_dtype: str | None,
 ) -> _capi.ModelOptions:
     options = _capi.ModelOptions()
@@ -86,7 +86,7 @@ def model_options(
             raise InvalidArgumentError(f"num_threads is {num_threads!r}: it must be at least 1")
         options.num_threads = int(num_threads)
     options.device = device.encode()
-    options.weight_dtype = weight_dtype.encode()
+    options.weight_dtype = None if weight_dtype is None else weight_dtype.encode()
     options.isa = None if isa is None else isa.encode()
     options.cache_dtype = None if cache_dtype is None else cache_dtype.encode()
     return options

@@ -12,14 +12,13 @@ from fastgen._checkpoint import (
     END_NAMES,
     LAYER_NAMES,
     PADDLENLP_EPS,
-    Tensors,
-    drop_pages,
     huggingface_form,
     import_paddle,
     import_paddlenlp,
     load_directory,
     to_numpy,
 )
+from fastgen._safetensors import Tensors, drop_pages
 from fastgen.errors import ModelFileError
 
 _PADDLE_MAX_EPS = 1e-3

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fastgen import convert, infer, models
 from fastgen._engine import Session
+from fastgen._quantize import stored_weight_dtype
 from fastgen.errors import InvalidArgumentError
 from fastgen.generator import Generator
 from fastgen.options import GenerationOptions
@@ -276,6 +277,8 @@ def _load(name: str, shape: str | None, want_peer: bool, **options: Any) -> tupl
         return Generator.from_pretrained(name, progress=True, **options), None
     if shape is None:
         config, tensors = convert.load_directory(models.resolve(name))
+        if options["weight_dtype"] is None:
+            options["weight_dtype"] = stored_weight_dtype(config, models.resolve(name))
     else:
         config, tensors = random_model(shape)
     generator = Generator.from_tensors(config, tensors, progress=True, **options)
@@ -316,8 +319,8 @@ def _parse_sizes(context: click.Context, parameter: click.Parameter, value: str)
 @click.option(
     "--weight_dtype",
     "--weight-dtype",
-    default="float32",
-    help="Type of the weights: float32, float16, bfloat16, int8, int4.",
+    help="Type of the weights: float32, float16, bfloat16, int8, int4.  [default: that of the "
+    "files, else float32]",
 )
 @click.option(
     "--cache_dtype",
@@ -336,7 +339,7 @@ def command(
     bandwidth_mib: int,
     threads: int | None,
     isa: str | None,
-    weight_dtype: str,
+    weight_dtype: str | None,
     cache_dtype: str | None,
     peer: str | None,
     as_json: bool,
@@ -394,7 +397,8 @@ def _write_table(document: dict[str, Any]) -> None:
     bandwidth = document["read_bandwidth"]
     click.echo(
         f"{document['name']}: {info['num_layers']} layers, hidden {info['hidden_size']}, "
-        f"{info['weight_dtype']}, cache {info['cache_dtype']}, {info['device']}/{info['isa']}, {info['num_threads']} threads"
+        f"{info['weight_dtype']}, cache {info['cache_dtype']}, {info['device']}/{info['isa']}, "
+        f"{info['num_threads']} threads"
     )
     click.echo(
         f"weights {info['weight_bytes'] / 1e6:.1f} MB, {info['step_bytes'] / 1e6:.1f} MB per step; "

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from fastgen import _export, models
 from fastgen._checkpoint import (
     check_destination,
-    drop_pages,
     import_paddle,
     load_directory,
     new_directory,
 )
 from fastgen._cli_options import model_option, option, sampling_options
 from fastgen._paddlenlp import build_paddlenlp
+from fastgen._safetensors import drop_pages
 from fastgen.errors import InvalidArgumentError, ModelFileError
 from fastgen.options import GenerationOptions
 from fastgen.tokenizer import Tokenizer, missing_tokenizer_message

@@ -130,7 +130,7 @@ class Generator:
         num_threads: int | None = None,
         isa: str | None = None,
         device: str = "cpu",
-        weight_dtype: str = "float32",
+        weight_dtype: str | None = None,
         cache_dtype: str | None = None,
         progress: Progress | bool | None = None,
     ) -> Generator:
@@ -143,7 +143,8 @@ class Generator:
             isa: kernel set of the CPU, see `fastgen info`; None: `$FASTGEN_ISA`, else the best one.
             device: `"cpu"`, or `"cuda"` or `"cuda:<index>"` where `libfastgen_cuda` was built.
             weight_dtype: what the weights are kept as: `"float32"`, `"float16"`, `"bfloat16"`,
-                `"int8"` or `"int4"`. Sums are float32 whatever it is.
+                `"int8"` or `"int4"`. Sums are float32 whatever it is. None: the type that
+                `fastgen convert --weight_dtype` gave the files, else float32.
             cache_dtype: what keys and values are kept as: on the CPU `"float32"`, `"float16"`,
                 `"bfloat16"` or `"int8"`; None: float32, on a GPU what goes with the weights.
             progress: called with bytes packed and bytes in all; True: a bar on standard error.

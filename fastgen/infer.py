@@ -46,11 +46,11 @@ class Settings:
     cache_dtype: str | None = None
 
     @property
-    def weights(self) -> str:
-        """The type of the weights: what is asked for, else float32."""
+    def weights(self) -> str | None:
+        """The type of the weights that is asked for; None: that of the files."""
         if self.weight_dtype is not None:
             return self.weight_dtype
-        return "float16" if self.use_fp16_decoding else "float32"
+        return "float16" if self.use_fp16_decoding else None
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def _rows(settings: Settings, options: GenerationOptions) -> int | None:
 
 
 def _check(settings: Settings) -> None:
-    if settings.engine != "fastgen" and (settings.device, settings.weights) != ("cpu", "float32"):
+    weights = settings.weights or "float32"
+    if settings.engine != "fastgen" and (settings.device, weights) != ("cpu", "float32"):
         raise InvalidArgumentError(
-            f"device is {settings.device!r} and the weights are {settings.weights}: "
+            f"device is {settings.device!r} and the weights are {weights}: "
             f"--engine {settings.engine} runs on the CPU in float32"
         )
     if settings.engine != "fastgen" and settings.cache_dtype not in (None, "float32"):
@@ -470,7 +471,7 @@ def versions() -> dict[str, str | None]:
 @option("device", default="cpu", help="cpu, cuda or cuda:<index>.")
 @option(
     "weight_dtype",
-    help="float32, float16, bfloat16, int8, int4.  [default: float32]",
+    help="float32, float16, bfloat16, int8 or int4.  [default: that of the files, else float32]",
 )
 @option(
     "cache_dtype",

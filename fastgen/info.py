@@ -12,6 +12,10 @@ import numpy as np
 import psutil
 
 from fastgen import _capi, models
+from fastgen._cli_options import option
+from fastgen._export import is_export
+from fastgen._json import read_json
+from fastgen._quantize import stored_weight_dtype
 from fastgen.errors import FastgenError
 from fastgen.generator import Generator
 from fastgen.infer import versions
@@ -72,6 +76,18 @@ def _chosen() -> dict[str, Any]:
         return {"isa": generator.info.isa, "threads": generator.info.num_threads}
 
 
+def _describe(name_or_path: str) -> dict[str, Any]:
+    """Where a model lies, its files' bytes, and the type that they were rounded to."""
+    directory = models.resolve(name_or_path)
+    files = [*directory.glob("*.safetensors"), *directory.glob("*.pdiparams")]
+    config = {} if is_export(directory) else read_json(directory / "config.json")
+    return {
+        "directory": str(directory),
+        "weight_dtype": stored_weight_dtype(config, directory / "config.json"),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
 def _show_build(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(document))
@@ -93,12 +109,15 @@ def _show_build(document: dict[str, Any], as_json: bool) -> None:
 @click.command("info")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--build", is_flag=True, help="What the library was built from, and nothing else.")
-def command(as_json: bool, build: bool) -> int:
+@option("model_name_or_path", help="Tell of this model too: its directory and type of weights.")
+def command(as_json: bool, build: bool, model_name_or_path: str | None) -> int:
     """Show versions, kernel sets, memory and where op libraries are kept."""
     if build:
         _show_build(_capi.build_info(), as_json)
         return 0
     document = collect()
+    if model_name_or_path is not None:
+        document["model"] = _describe(model_name_or_path)
     if as_json:
         click.echo(json.dumps(document))
         return 0
@@ -120,6 +139,13 @@ def command(as_json: bool, build: bool) -> int:
         ("model cache", document["model_cache"]),
         ("op cache", f"{document['op_cache']} ({len(document['op_libraries'])} built)"),
     ]
+    if "model" in document:
+        model = document["model"]
+        kind = model["weight_dtype"] or "not named, loaded as float32"
+        lines += [
+            ("model", model["directory"]),
+            ("weights", f"{model['bytes'] / 1e6:.1f} MB, type {kind}"),
+        ]
     for name, value in lines:
         click.echo(f"{name + ':':<20} {value}")
     return 0

@@ -80,7 +80,6 @@ void fastgen_model_options_init(fastgen_model_options* options) {
   *options = fastgen_model_options();
   options->struct_size = sizeof *options;
   options->device = "cpu";
-  options->weight_dtype = "float32";
 }
 
 fastgen_status fastgen_model_load(const char* directory, const fastgen_model_options* options,

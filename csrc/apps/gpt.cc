@@ -45,7 +45,8 @@ Continues prompts. Without any they are read from standard input, as texts.
   --eos_token_id N          token that ends a sequence; -1: none [the model's]
   --seed N                  the same seed gives the same text [drawn, reported]
   --device D                cpu, cuda or cuda:<index> [cpu]
-  --weight_dtype T          type of the weights: float32, float16, bfloat16, int8 or int4 [float32]
+  --weight_dtype T          type of the weights: float32, float16, bfloat16, int8 or int4 [the
+                            one that the model was converted to, else float32]
   --cache_dtype T           type of keys and values: on the CPU float32, float16, bfloat16 or int8
                             [float32; on cuda what goes with the weights]
   --threads N               threads of the CPU [all processors]

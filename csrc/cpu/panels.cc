@@ -89,33 +89,25 @@ void Int4Scales(const float* rows, int64_t count, const Columns& largest, Column
   }
 }
 
-void PackGroup(bool wide, const float* rows, int64_t count, uint8_t* to) {
-  Columns largest, scales, inverse;
-  LargestOf(rows, count, largest);
-  if (wide) {
-    Int8Scales(largest, scales);
-  } else {
-    Int4Scales(rows, count, largest, scales);
-  }
-  for (int64_t c = 0; c < kPanel; ++c) {
-    const uint16_t scale = base::FloatToHalf(scales[c]);
-    std::memcpy(to + 2 * c, &scale, sizeof(scale));
-    const float step = base::HalfToFloat(scale);
-    inverse[c] = step == 0.0f ? 0.0f : 1.0f / step;
-  }
+void PackGroup(WeightType type, const float* rows, int64_t count, const uint16_t* given,
+               uint8_t* to) {
+  const bool wide = type == WeightType::kInt8;
+  uint16_t scales[kPanel];
+  if (!given) FindScales(type, rows, count, scales);
+  std::memcpy(to, given ? given : scales, kScaleBytes);
+  int8_t whole[kGroup * kPanel];
+  Quantize(type, rows, count, given ? given : scales, whole);
   uint8_t* const values = to + kScaleBytes;
   std::memset(values, wide ? 0x80 : 0x88, static_cast<size_t>(kGroup * kPanel / (wide ? 1 : 2)));
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t c = 0; c < kPanel; ++c) {
-      const float q = Round(
-          Clip(rows[k * kPanel + c] * inverse[c], wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f));
-      const int whole = q == q ? static_cast<int>(q) : 0;
+      const int q = whole[k * kPanel + c];
       if (wide) {
-        values[Int8At(k, c)] = static_cast<uint8_t>(whole + 128);
+        values[Int8At(k, c)] = static_cast<uint8_t>(q + 128);
         continue;
       }
       uint8_t& both = values[Int4At(k, c)];
-      const int bits = whole + 8;
+      const int bits = q + 8;
       both = static_cast<uint8_t>(InHighHalf(k) ? (both & 0x0f) | bits << 4 : (both & 0xf0) | bits);
     }
   }
@@ -150,7 +142,39 @@ int64_t PanelBytes(WeightType type, int64_t in) {
   return 0;
 }
 
-void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
+void FindScales(WeightType type, const float* rows, int64_t count, uint16_t* scales) {
+  Columns largest, found;
+  LargestOf(rows, count, largest);
+  if (type == WeightType::kInt8) {
+    Int8Scales(largest, found);
+  } else {
+    Int4Scales(rows, count, largest, found);
+  }
+  for (int64_t c = 0; c < kPanel; ++c) scales[c] = base::FloatToHalf(found[c]);
+}
+
+// A scale has 11 bits and a whole number 8, so their product is exact in float32, and its product with
+// the rounded inverse is within 127 * 2^-22 of the whole number: it is found again. Subnormal scales are
+// no exception, float32 has their inverses; a scale of 0 has nothing but zeros.
+void Quantize(WeightType type, const float* rows, int64_t count, const uint16_t* scales,
+              int8_t* values) {
+  const float least = type == WeightType::kInt8 ? -127.0f : -8.0f;
+  const float most = type == WeightType::kInt8 ? 127.0f : 7.0f;
+  Columns inverse;
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const float step = base::HalfToFloat(scales[c]);
+    inverse[c] = step == 0.0f ? 0.0f : 1.0f / step;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const float q = Round(Clip(rows[k * kPanel + c] * inverse[c], least, most));
+      values[k * kPanel + c] = static_cast<int8_t>(q == q ? static_cast<int>(q) : 0);
+    }
+  }
+}
+
+void PackPanel(WeightType type, const float* weights, int64_t in, void* panel,
+               const uint16_t* scales) {
   auto* const halves = static_cast<uint16_t*>(panel);
   switch (type) {
     case WeightType::kFloat32:
@@ -171,7 +195,8 @@ void PackPanel(WeightType type, const float* weights, int64_t in, void* panel) {
     case WeightType::kInt4:
       for (int64_t k = 0; k < in; k += kGroup) {
         const bool wide = type == WeightType::kInt8;
-        PackGroup(wide, weights + k * kPanel, std::min(kGroup, in - k),
+        PackGroup(type, weights + k * kPanel, std::min(kGroup, in - k),
+                  scales ? scales + k / kGroup * kPanel : nullptr,
                   static_cast<uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes));
       }
       return;

@@ -31,8 +31,18 @@ const char* WeightTypeName(WeightType type);
 int64_t PanelBytes(WeightType type, int64_t in);
 
 // Writes a panel of float32 weights [in, kPanel]. 16-bit types round to nearest, ties to even, and
-// saturate; integers get the scale that leaves the least error of a few.
-void PackPanel(WeightType type, const float* weights, int64_t in, void* panel);
+// saturate; integers get the scale that leaves the least error of a few, or the one that `scales`
+// [(in + kGroup - 1) / kGroup, kPanel] has: weights that are a scale times a whole number become that
+// number again.
+void PackPanel(WeightType type, const float* weights, int64_t in, void* panel,
+               const uint16_t* scales = nullptr);
+
+// The two halves of what PackPanel does with up to kGroup rows [count, kPanel] for an integer type: the
+// float16 scale of each column, and the whole numbers [count, kPanel] of given scales, -127 to 127 or -8
+// to 7.
+void FindScales(WeightType type, const float* rows, int64_t count, uint16_t* scales);
+void Quantize(WeightType type, const float* rows, int64_t count, const uint16_t* scales,
+              int8_t* values);
 
 // out[0, in) = column c of a panel [in, kPanel] as float32.
 void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float* out);

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <new>
 #include <string>
 #include <vector>
@@ -34,6 +35,19 @@ int DefaultThreads() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
   return 1;
+}
+
+int ResolveThreads(int32_t asked) {
+  if (asked > 0) return asked;
+  const char* environment = std::getenv("FASTGEN_NUM_THREADS");
+  if (!environment || !*environment) return DefaultThreads();
+  char* end = nullptr;
+  const long value = std::strtol(environment, &end, 10);
+  if (*end || value < 1 || value > 1024) {
+    throw base::Error(FASTGEN_INVALID_ARGUMENT, std::string("FASTGEN_NUM_THREADS=") + environment +
+                                                    " is not a number of threads from 1 to 1024");
+  }
+  return static_cast<int>(value);
 }
 
 // A region is a share of tasks per thread and the body that runs them. A piece is claimed by one

@@ -10,6 +10,10 @@ namespace fastgen::cpu {
 // Processors this process may use.
 int DefaultThreads();
 
+// `asked`, or if that is 0 what the environment variable FASTGEN_NUM_THREADS says, else DefaultThreads().
+// Throws base::Error for a variable that is no such number.
+int ResolveThreads(int32_t asked);
+
 class ThreadPool {
  public:
   // `threads` includes the caller of Run. Throws base::Error if they cannot be started.

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "io/json.h"
 #include "io/mapped_file.h"
+#include "io/quantized.h"
 
 namespace fastgen::engine {
 
@@ -19,6 +20,9 @@ constexpr int64_t kMaxHiddenSize = 65536;
 constexpr int64_t kMaxLayers = 1024;
 constexpr int64_t kMaxHeadSize = 1024;
 constexpr int64_t kMaxIntermediateSize = int64_t{1} << 20;
+
+// Of `fastgen_weights`; docs/weights.md.
+constexpr int64_t kWeightsVersion = 1;
 
 constexpr uint64_t kMaxConfigBytes = uint64_t{16} << 20;
 
@@ -101,6 +105,7 @@ class HuggingFaceReader {
     if (Given("tie_word_embeddings")) {
       config.head = Flag("tie_word_embeddings", true) ? Head::kTied : Head::kSeparate;
     }
+    if (Given("fastgen_weights")) config.weight_dtype = WeightType();
     return config;
   }
 
@@ -163,6 +168,33 @@ class HuggingFaceReader {
       }
     }
     check_.Fail("model_type is missing and architectures names no GPT2 model; it must be 'gpt2'");
+  }
+
+  // What `fastgen convert --weight_dtype` says of the tensors.
+  std::string WeightType() const {
+    const Json& scheme = *json_.Find("fastgen_weights");
+    if (!scheme.is_object()) Wrong("fastgen_weights", scheme, "an object");
+    const auto member = [&](const char* key) {
+      const Json* value = scheme.Find(key);
+      if (value == nullptr) check_.Fail(std::string("fastgen_weights has no ") + key);
+      return value;
+    };
+    const Json& version = *member("version");
+    if (!version.is_integer() || version.integer() != kWeightsVersion) {
+      Wrong("version of fastgen_weights", version,
+            std::to_string(kWeightsVersion) + ", the one that this library reads");
+    }
+    const Json& type = *member("weight_dtype");
+    for (const char* known : {"float16", "bfloat16", "int8", "int4"}) {
+      if (!type.is_string() || type.string() != known) continue;
+      const bool whole = std::string(known).compare(0, 3, "int") == 0;
+      const Json* group = whole ? member("group_size") : nullptr;
+      if (whole && (!group->is_integer() || group->integer() != io::kScaleGroup)) {
+        Wrong("group_size of fastgen_weights", *group, std::to_string(io::kScaleGroup));
+      }
+      return known;
+    }
+    Wrong("weight_dtype of fastgen_weights", type, "'float16', 'bfloat16', 'int8' or 'int4'");
   }
 
   // Members that change what the network computes, and the values that the engine implements.

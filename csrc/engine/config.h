@@ -27,6 +27,9 @@ struct ModelConfig {
   int32_t eos_token_id = -1;
   int32_t pad_token_id = -1;
   Head head = Head::kAsStored;
+  // How matrices are stored, by what `fastgen_weights` of config.json says: "float16", "bfloat16", "int8"
+  // or "int4" of docs/weights.md. Empty: as any float, and a model of them is float32 by default.
+  std::string weight_dtype;
 
   int32_t head_size() const { return hidden_size / num_heads; }
 };

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -27,19 +26,6 @@ constexpr int64_t kMostRows = 512;  // rows of a prefill pass: bounds the work s
 // of 4096 bytes would share the same few sets of the first-level cache.
 int64_t RowStride(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel + cpu::kRowAlign; }
 
-int ResolveThreads(int32_t asked) {
-  if (asked > 0) return asked;
-  const char* environment = std::getenv("FASTGEN_NUM_THREADS");
-  if (!environment || !*environment) return cpu::DefaultThreads();
-  char* end = nullptr;
-  const long value = std::strtol(environment, &end, 10);
-  if (*end || value < 1 || value > 1024) {
-    throw base::Error(FASTGEN_INVALID_ARGUMENT, std::string("FASTGEN_NUM_THREADS=") + environment +
-                                                    " is not a number of threads from 1 to 1024");
-  }
-  return static_cast<int>(value);
-}
-
 cpu::WeightType WeightTypeOf(const std::string& name) {
   cpu::WeightType type;
   if (cpu::ParseWeightType(name.c_str(), &type)) return type;
@@ -61,7 +47,7 @@ cpu::CacheType CacheTypeOf(const std::string& name) {
 CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const DeviceOptions& options)
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
-      pool_(ResolveThreads(options.num_threads)),
+      pool_(cpu::ResolveThreads(options.num_threads)),
       cache_(config, CacheTypeOf(options.cache_dtype)),
       weights_(config, weights, WeightTypeOf(options.weight_dtype), pool_, options.progress),
       hidden_stride_(RowStride(config.hidden_size)),

@@ -119,9 +119,9 @@ class Device {
 
 struct DeviceOptions {
   std::string device = "cpu";
-  std::string isa;  // empty: environment, then the best
-  std::string weight_dtype = "float32";
-  std::string cache_dtype;  // empty: the device's own choice
+  std::string isa;           // empty: environment, then the best
+  std::string weight_dtype;  // empty: the type of the files, else float32
+  std::string cache_dtype;   // empty: the device's own choice
   int32_t num_threads = 0;
   Progress progress;
   Place tensors;  // where the tensors of a model made of memory lie

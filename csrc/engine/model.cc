@@ -47,6 +47,13 @@ void CheckLayout(const std::string& directory) {
   }
 }
 
+DeviceOptions WithType(const ModelConfig& config, DeviceOptions options) {
+  if (options.weight_dtype.empty()) {
+    options.weight_dtype = config.weight_dtype.empty() ? "float32" : config.weight_dtype;
+  }
+  return options;
+}
+
 // Gives a slot back whatever happens.
 class OpenSlot {
  public:
@@ -70,20 +77,20 @@ std::shared_ptr<Model> Model::Load(const std::string& directory, const DeviceOpt
     const ModelConfig config = ReadExportConfig(manifest.config, manifest.path);
     const std::unique_ptr<io::TensorSource> tensors = io::OpenExport(directory, manifest);
     WeightSource weights(config, *tensors, directory);
-    return std::make_shared<Model>(config, MakeDevice(config, weights, options));
+    return std::make_shared<Model>(config, MakeDevice(config, weights, WithType(config, options)));
   }
   CheckLayout(directory);
   const ModelConfig config = ReadHuggingFaceConfig(directory + "/config.json");
   const std::unique_ptr<io::TensorSource> tensors = io::OpenCheckpoint(directory);
   WeightSource weights(config, *tensors, directory);
-  return std::make_shared<Model>(config, MakeDevice(config, weights, options));
+  return std::make_shared<Model>(config, MakeDevice(config, weights, WithType(config, options)));
 }
 
 std::shared_ptr<Model> Model::Create(const ModelConfig& config, io::TensorSource& tensors,
                                      const DeviceOptions& options) {
   CheckConfig(config, "config");
   WeightSource weights(config, tensors, "tensors");
-  return std::make_shared<Model>(config, MakeDevice(config, weights, options));
+  return std::make_shared<Model>(config, MakeDevice(config, weights, WithType(config, options)));
 }
 
 void Model::Logits(const int32_t* tokens, size_t length, float* logits) const {

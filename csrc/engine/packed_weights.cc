@@ -2,10 +2,15 @@
 
 #include <algorithm>
 #include <mutex>
+#include <string>
+
+#include "io/quantized.h"
 
 namespace fastgen::engine {
 
 using cpu::kPanel;
+
+static_assert(cpu::kGroup == io::kScaleGroup, "scales of files are those of panels");
 
 namespace {
 
@@ -120,8 +125,14 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     auto pack = [&](const PackedMatrix& matrix, const std::vector<ColumnsOf>& parts) {
       // float32 is read to where it stays, other types by way of a panel of float32.
       const bool direct = matrix.type == cpu::WeightType::kFloat32;
+      // Scales that a file has are kept: found again they might be others.
+      const bool carried = source.matrix_scales() == std::string(cpu::WeightTypeName(matrix.type));
       std::vector<std::vector<float>> scratch(pool.threads());
+      std::vector<std::vector<uint16_t>> scratch_scales(pool.threads());
       for (auto& floats : scratch) floats.resize(direct ? 0 : matrix.in * kPanel);
+      for (auto& scales : scratch_scales) {
+        scales.resize(carried ? io::ScaleGroups(matrix.in) * kPanel : 0);
+      }
       pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t panel = begin; panel < end; ++panel) {
           char* const packed = const_cast<char*>(matrix.panels) + panel * matrix.panel_bytes;
@@ -129,7 +140,11 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
           float* const out = direct ? reinterpret_cast<float*>(packed) : floats.data();
           const int64_t first = panel * kPanel;
           const int64_t last = std::min(first + kPanel, matrix.out);
-          if (!direct && last - first < kPanel) std::fill(floats.begin(), floats.end(), 0.0f);
+          std::vector<uint16_t>& scales = scratch_scales[thread];
+          if (!direct && last - first < kPanel) {
+            std::fill(floats.begin(), floats.end(), 0.0f);
+            std::fill(scales.begin(), scales.end(), uint16_t{0});
+          }
           for (size_t p = 0; p < parts.size(); ++p) {
             const int64_t part_end = p + 1 < parts.size() ? parts[p + 1].begin : matrix.out;
             const int64_t from = std::max(first, parts[p].begin);
@@ -137,8 +152,14 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
             if (from >= to) continue;
             source.ReadColumns(i, parts[p].which, from - parts[p].begin, to - parts[p].begin,
                                out + (from - first), kPanel);
+            if (carried) {
+              source.ReadColumnScales(i, parts[p].which, from - parts[p].begin, to - parts[p].begin,
+                                      scales.data() + (from - first), kPanel);
+            }
           }
-          if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, packed);
+          if (!direct) {
+            cpu::PackPanel(matrix.type, out, matrix.in, packed, carried ? scales.data() : nullptr);
+          }
         }
       });
     };
@@ -160,8 +181,13 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
   // A cache line more than a row: rows 4096 bytes apart would share a few sets of the first cache.
   const int64_t stride = matrix.in + 16;
   const bool direct = matrix.type == cpu::WeightType::kFloat32;
+  const bool carried = source.table_scales() == std::string(cpu::WeightTypeName(matrix.type));
+  const int64_t groups = io::ScaleGroups(matrix.in);
   std::vector<std::vector<float>> scratch(pool.threads());
   for (auto& rows : scratch) rows.resize(stride * kPanel + (direct ? 0 : matrix.in * kPanel));
+  // As the file has them, [kPanel, groups], and as the panel wants them, [groups, kPanel].
+  std::vector<std::vector<uint16_t>> scratch_scales(pool.threads());
+  for (auto& scales : scratch_scales) scales.resize(carried ? 2 * groups * kPanel : 0);
   pool.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
     float* rows = scratch[thread].data();
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -181,7 +207,22 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
         for (int64_t c = 0; c < last - first; ++c) out[k * kPanel + c] = rows[c * stride + k];
         for (int64_t c = last - first; c < kPanel; ++c) out[k * kPanel + c] = 0.0f;
       }
-      if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, to);
+      uint16_t* scales = nullptr;
+      if (carried) {
+        uint16_t* const stored = scratch_scales[thread].data();
+        scales = stored + groups * kPanel;
+        if (embedding) {
+          source.ReadEmbeddingScales(first, last, stored);
+        } else {
+          source.ReadHeadScales(first, last, stored);
+        }
+        for (int64_t c = 0; c < kPanel; ++c) {
+          for (int64_t g = 0; g < groups; ++g) {
+            scales[g * kPanel + c] = c < last - first ? stored[c * groups + g] : uint16_t{0};
+          }
+        }
+      }
+      if (!direct) cpu::PackPanel(matrix.type, out, matrix.in, to, scales);
     }
   });
 }

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "io/quantized.h"
 
 namespace fastgen::engine {
 
@@ -105,7 +106,7 @@ class WeightSource::Binder {
 
   void Bind(WeightSource* weights) {
     const int64_t hidden = config_.hidden_size;
-    weights->embedding_ = Find(prefix_ + naming_->embedding, {config_.vocab_size, hidden});
+    weights->embedding_ = FindTable(prefix_ + naming_->embedding);
     weights->positions_ = Find(prefix_ + naming_->positions, {config_.max_positions, hidden});
     weights->layers_.resize(static_cast<size_t>(config_.num_layers));
     for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -124,11 +125,16 @@ class WeightSource::Binder {
   }
 
   bool Has(const std::string& name) const { return tensors_.count(name) != 0; }
+  // In any form.
+  bool HasMatrix(const std::string& name) const {
+    return Has(name) || Has(name + io::kInt8Suffix) || Has(name + io::kInt4Suffix);
+  }
 
   void ChooseNaming(const io::TensorSource& source) {
     for (const Naming& naming : kNamings) {
       for (const char* prefix : {naming.prefix, ""}) {
-        if (Has(std::string(prefix) + naming.embedding)) {
+        const std::string name = std::string(prefix) + naming.embedding;
+        if (Has(name) || Has(name + io::kInt8Suffix)) {
           naming_ = &naming;
           prefix_ = prefix;
           return;
@@ -142,10 +148,13 @@ class WeightSource::Binder {
               : "its first tensor is " + base::Quote(source.tensors()[0].name)));
   }
 
-  // The tensor `name`, or null after noting what is wrong.
-  const TensorView* Find(const std::string& name, const std::vector<int64_t>& shape) {
+  // The tensor `name`, or null after noting what is wrong. `type` is what the configuration says of it;
+  // kOther: any float will do.
+  const TensorView* Find(const std::string& name, const std::vector<int64_t>& shape,
+                         DType type = DType::kOther) {
     const auto found = tensors_.find(name);
     if (found == tensors_.end()) {
+      NoteOtherForm(name);
       if (num_missing_++ == 0) first_missing_ = name;
       return nullptr;
     }
@@ -155,16 +164,53 @@ class WeightSource::Binder {
     if (tensor->shape != shape) {
       first_wrong_ = "tensor " + base::Quote(name) + " has the shape " + tensor->ShapeText() +
                      ", the configuration asks for " + io::ShapeText(shape);
-    } else if (tensor->dtype == DType::kOther) {
+    } else if (type != DType::kOther && tensor->dtype != type) {
+      first_wrong_ = "tensor " + base::Quote(name) + " has the type " +
+                     base::Quote(tensor->TypeText()) + ", it must be " + io::DTypeName(type) +
+                     " where fastgen_weights of the configuration says " + config_.weight_dtype;
+    } else if (type == DType::kOther && !io::IsFloat(tensor->dtype)) {
       first_wrong_ = "tensor " + base::Quote(name) + " has the type " +
                      base::Quote(tensor->TypeText()) + ", it must be float32, float16 or bfloat16";
     }
     return tensor;
   }
 
+  // A missing tensor may be there in a form that the configuration does not tell of.
+  void NoteOtherForm(const std::string& name) {
+    for (const char* suffix : {io::kInt8Suffix, io::kInt4Suffix}) {
+      if (!first_wrong_.empty() || !Has(name + suffix)) continue;
+      first_wrong_ = "tensor " + base::Quote(name) + " is there as " + base::Quote(name + suffix) +
+                     ", the configuration " +
+                     (config_.weight_dtype.empty() ? "has no fastgen_weights"
+                                                   : "says " + config_.weight_dtype);
+    }
+  }
+
+  // A matrix [rows, columns], of which a table's inputs are the columns and another's the rows.
+  Table FindMatrix(const std::string& name, int64_t rows, int64_t columns, bool is_table) {
+    const std::string& type = config_.weight_dtype;
+    if (type == "float16") return {Find(name, {rows, columns}, DType::kFloat16), nullptr};
+    if (type == "bfloat16") return {Find(name, {rows, columns}, DType::kBFloat16), nullptr};
+    if (type.empty()) return {Find(name, {rows, columns}), nullptr};
+    const bool four = type == "int4" && !is_table;
+    Table found;
+    found.tensor = four ? Find(name + io::kInt4Suffix, {(rows + 1) / 2, columns}, DType::kUInt8)
+                        : Find(name + io::kInt8Suffix, {rows, columns}, DType::kInt8);
+    found.scales = Find(
+        name + io::kScalesSuffix,
+        {is_table ? rows : io::ScaleGroups(rows), is_table ? io::ScaleGroups(columns) : columns},
+        DType::kFloat16);
+    return found;
+  }
+
+  Table FindTable(const std::string& name) {
+    return FindMatrix(name, config_.vocab_size, config_.hidden_size, true);
+  }
+
   // Weight and bias of one matrix that has its tensors to itself.
   void BindMatrix(const std::string& name, int64_t in, int64_t out, Part* weight, Part* bias) {
-    *weight = {Find(name + ".weight", {in, out}), out, 0, out, 0};
+    const Table found = FindMatrix(name + ".weight", in, out, false);
+    *weight = {found.tensor, out, 0, out, 0, in, found.scales};
     *bias = {Find(name + ".bias", {out}), out, 0, out, 0};
   }
 
@@ -194,7 +240,7 @@ class WeightSource::Binder {
   void BindQkv(const std::string& layer, Layer* parts) {
     const int64_t hidden = config_.hidden_size;
     const std::string fused = layer + naming_->fused;
-    if (naming_->query != nullptr && !Has(fused + ".weight")) {
+    if (naming_->query != nullptr && !HasMatrix(fused + ".weight")) {
       const char* names[] = {naming_->query, naming_->key, naming_->value};
       for (int i = 0; i < 3; ++i) {
         BindMatrix(layer + names[i], hidden, hidden, &parts->matrices[Index(kQkvMatrices[i])],
@@ -202,26 +248,25 @@ class WeightSource::Binder {
       }
       return;
     }
-    const TensorView* weight = Find(fused + ".weight", {hidden, 3 * hidden});
+    const Table weight = FindMatrix(fused + ".weight", hidden, 3 * hidden, false);
     const TensorView* bias = Find(fused + ".bias", {3 * hidden});
     const int64_t group = naming_->interleaved ? config_.head_size() : hidden;
     for (int i = 0; i < 3; ++i) {
-      const Part part = {weight, hidden, i * group, group, 3 * group};
-      parts->matrices[Index(kQkvMatrices[i])] = part;
-      parts->vectors[Index(kQkvBiases[i])] = part;
-      parts->vectors[Index(kQkvBiases[i])].tensor = bias;
+      parts->matrices[Index(kQkvMatrices[i])] = {weight.tensor, hidden, i * group,    group,
+                                                 3 * group,     hidden, weight.scales};
+      parts->vectors[Index(kQkvBiases[i])] = {bias, hidden, i * group, group, 3 * group};
     }
   }
 
   void BindHead(WeightSource* weights) {
     for (const char* name : naming_->heads) {
-      if (name != nullptr && Has(name)) {
-        weights->head_ = Find(name, {config_.vocab_size, config_.hidden_size});
+      if (name != nullptr && HasMatrix(name)) {
+        weights->head_ = FindTable(name);
         return;
       }
     }
     if (config_.head == Head::kSeparate) {
-      Find(naming_->heads[0], {config_.vocab_size, config_.hidden_size});
+      FindTable(naming_->heads[0]);
     }
   }
 
@@ -257,24 +302,28 @@ WeightSource::WeightSource(const ModelConfig& config, io::TensorSource& source,
                            const std::string& where)
     : source_(source) {
   Binder(config, source, where).Bind(this);
-  if (head_ == nullptr) return;
+  if (head_.tensor == nullptr) return;
   if (HeadEqualsEmbedding()) {
-    source_.Release(*head_);
-    head_ = nullptr;
+    source_.Release(*head_.tensor);
+    if (head_.scales != nullptr) source_.Release(*head_.scales);
+    head_ = Table();
   } else if (config.head == Head::kTied) {
-    throw base::Error(FASTGEN_BAD_FILE, where + ": tensor " + base::Quote(head_->name) +
-                                            " differs from " + base::Quote(embedding_->name) +
+    throw base::Error(FASTGEN_BAD_FILE, where + ": tensor " + base::Quote(head_.tensor->name) +
+                                            " differs from " +
+                                            base::Quote(embedding_.tensor->name) +
                                             ", the configuration says that they are tied");
   }
 }
 
 bool WeightSource::HeadEqualsEmbedding() {
-  if (head_->dtype != embedding_->dtype) return false;
-  return head_->data == embedding_->data || source_.Equal(*head_, *embedding_);
+  const io::TensorView& head = *head_.tensor;
+  const io::TensorView& embedding = *embedding_.tensor;
+  if (head.dtype != embedding.dtype) return false;
+  if (head_.scales != nullptr && !source_.Equal(*head_.scales, *embedding_.scales)) return false;
+  return head.data == embedding.data || source_.Equal(head, embedding);
 }
 
-void WeightSource::ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
-                            int64_t ld) {
+void WeightSource::ReadPart(const Part& part, int64_t begin, int64_t end, float* out, int64_t ld) {
   CheckRange(begin, end, part.size);
   const io::TensorView& tensor = *part.tensor;
   const int64_t element = static_cast<int64_t>(io::DTypeSize(tensor.dtype));
@@ -282,40 +331,88 @@ void WeightSource::ReadPart(const Part& part, int64_t rows, int64_t begin, int64
   const char* data = static_cast<const char*>(tensor.data);
   // A few columns of many rows: every row is on another page, where no hardware prefetcher follows.
   constexpr int64_t kAhead = 16;
-  for (int64_t row = 0; row < rows; ++row) {
+  const int64_t row_inputs = tensor.dtype == io::DType::kUInt8 ? 2 : 1;
+  for (int64_t row = 0; row < part.rows; ++row) {
     for (int64_t column = begin; column < end;) {
       const int64_t group = column / part.group_size;
       const int64_t in_group = column % part.group_size;
       const int64_t count = std::min(end - column, part.group_size - in_group);
       const int64_t stored = part.offset + group * part.group_stride + in_group;
-      if (row + kAhead < rows) {
-        const char* next = data + (row + kAhead) * row_bytes + stored * element;
+      if (row + kAhead < part.rows) {
+        const char* next = data + (row + kAhead) / row_inputs * row_bytes + stored * element;
         __builtin_prefetch(next);
         __builtin_prefetch(next + count * element - 1);
       }
-      io::ToFloat32(tensor.dtype, data + row * row_bytes + stored * element, count,
-                    out + row * ld + (column - begin));
+      float* const to = out + row * ld + (column - begin);
+      if (part.scales != nullptr) {
+        io::DequantizeInput(tensor, *part.scales, row, stored, count, to);
+      } else {
+        io::ToFloat32(tensor.dtype, data + row * row_bytes + stored * element, count, to);
+      }
       column += count;
     }
   }
 }
 
-void WeightSource::ReadRows(const io::TensorView& table, int64_t begin, int64_t end, float* out) {
-  CheckRange(begin, end, table.shape[0]);
-  const int64_t offset = begin * table.shape[1] * static_cast<int64_t>(io::DTypeSize(table.dtype));
-  io::ToFloat32(table.dtype, static_cast<const char*>(table.data) + offset,
-                (end - begin) * table.shape[1], out);
+void WeightSource::ReadRows(const Table& table, int64_t begin, int64_t end, float* out) {
+  const io::TensorView& tensor = *table.tensor;
+  const int64_t columns = tensor.shape[1];
+  CheckRange(begin, end, tensor.shape[0]);
+  if (table.scales != nullptr) {
+    for (int64_t row = begin; row < end; ++row) {
+      io::DequantizeOutput(tensor, *table.scales, row, out + (row - begin) * columns);
+    }
+    return;
+  }
+  const int64_t offset = begin * columns * static_cast<int64_t>(io::DTypeSize(tensor.dtype));
+  io::ToFloat32(tensor.dtype, static_cast<const char*>(tensor.data) + offset,
+                (end - begin) * columns, out);
+}
+
+void WeightSource::ReadRowScales(const Table& table, int64_t begin, int64_t end, uint16_t* out) {
+  CheckRange(begin, end, table.tensor->shape[0]);
+  io::CopyScales(*table.scales, begin, 0, (end - begin) * table.scales->shape[1], out);
+}
+
+const char* WeightSource::matrix_scales() const {
+  const Part& part = layers_.front().matrices[0];
+  if (part.scales == nullptr) return "";
+  return part.tensor->dtype == DType::kInt8 ? "int8" : "int4";
+}
+
+const char* WeightSource::table_scales() const { return embedding_.scales ? "int8" : ""; }
+
+void WeightSource::ReadColumnScales(int32_t layer, Matrix which, int64_t begin, int64_t end,
+                                    uint16_t* out, int64_t ld) const {
+  const Part& part = matrix(layer, which);
+  CheckRange(begin, end, part.size);
+  for (int64_t group = 0; group < part.scales->shape[0]; ++group) {
+    for (int64_t column = begin; column < end;) {
+      const int64_t in_group = column % part.group_size;
+      const int64_t count = std::min(end - column, part.group_size - in_group);
+      const int64_t stored = part.offset + column / part.group_size * part.group_stride + in_group;
+      io::CopyScales(*part.scales, group, stored, count, out + group * ld + (column - begin));
+      column += count;
+    }
+  }
+}
+
+void WeightSource::ReadEmbeddingScales(int64_t begin, int64_t end, uint16_t* out) const {
+  ReadRowScales(embedding_, begin, end, out);
+}
+
+void WeightSource::ReadHeadScales(int64_t begin, int64_t end, uint16_t* out) const {
+  ReadRowScales(head(), begin, end, out);
 }
 
 void WeightSource::ReadColumns(int32_t layer, Matrix which, int64_t begin, int64_t end, float* out,
                                int64_t ld) const {
-  const Part& part = matrix(layer, which);
-  ReadPart(part, part.tensor->shape[0], begin, end, out, ld);
+  ReadPart(matrix(layer, which), begin, end, out, ld);
 }
 
 void WeightSource::ReadVector(int32_t layer, Vector which, float* out) const {
   const Part& part = vector(layer, which);
-  ReadPart(part, 1, 0, part.size, out, part.size);
+  ReadPart(part, 0, part.size, out, part.size);
 }
 
 void WeightSource::ReadFinalNorm(float* weight, float* bias) const {
@@ -326,15 +423,15 @@ void WeightSource::ReadFinalNorm(float* weight, float* bias) const {
 }
 
 void WeightSource::ReadEmbeddingRows(int64_t begin, int64_t end, float* out) const {
-  ReadRows(*embedding_, begin, end, out);
+  ReadRows(embedding_, begin, end, out);
 }
 
 void WeightSource::ReadPositionRows(int64_t begin, int64_t end, float* out) const {
-  ReadRows(*positions_, begin, end, out);
+  ReadRows({positions_, nullptr}, begin, end, out);
 }
 
 void WeightSource::ReadHeadRows(int64_t begin, int64_t end, float* out) const {
-  ReadRows(head_ != nullptr ? *head_ : *embedding_, begin, end, out);
+  ReadRows(head(), begin, end, out);
 }
 
 const WeightSource::Part& WeightSource::matrix(int32_t layer, Matrix which) const {
@@ -348,9 +445,9 @@ const WeightSource::Part& WeightSource::vector(int32_t layer, Vector which) cons
 WeightSource::Part WeightSource::end(End which) const {
   const io::TensorView* tensor = nullptr;
   switch (which) {
-    case End::kEmbedding: tensor = embedding_; break;
+    case End::kEmbedding: tensor = embedding_.tensor; break;
     case End::kPositions: tensor = positions_; break;
-    case End::kHead: tensor = head_ != nullptr ? head_ : embedding_; break;
+    case End::kHead: tensor = head().tensor; break;
     case End::kFinalNormWeight: tensor = final_norm_weight_; break;
     case End::kFinalNormBias: tensor = final_norm_bias_; break;
   }
@@ -361,13 +458,17 @@ WeightSource::Part WeightSource::end(End which) const {
 void WeightSource::ReleaseLayer(int32_t layer) {
   // q, k and v may share a tensor, which is then released three times: that does no harm.
   const Layer& parts = layers_[static_cast<size_t>(layer)];
-  for (const Part& part : parts.matrices) source_.Release(*part.tensor);
+  for (const Part& part : parts.matrices) {
+    source_.Release(*part.tensor);
+    if (part.scales != nullptr) source_.Release(*part.scales);
+  }
   for (const Part& part : parts.vectors) source_.Release(*part.tensor);
 }
 
 void WeightSource::ReleaseEnds() {
   for (const io::TensorView* tensor :
-       {embedding_, positions_, head_, final_norm_weight_, final_norm_bias_}) {
+       {embedding_.tensor, embedding_.scales, positions_, head_.tensor, head_.scales,
+        final_norm_weight_, final_norm_bias_}) {
     if (tensor != nullptr) source_.Release(*tensor);
   }
 }

@@ -41,6 +41,9 @@ constexpr int kNumVectors = 10;
 // and a type that can be read, and that none is left over; it throws Error(kBadFile) naming the
 // tensor. `where` is the file or directory, for messages. `config` has passed CheckConfig().
 //
+// Matrices and tables may be whole numbers with scales (io/quantized.h), if the configuration says so:
+// then they are read as float32 too, and their scales are there for who packs the same type.
+//
 // Reading and releasing are safe from several threads at once. What is released may still be read.
 class WeightSource {
  public:
@@ -54,6 +57,8 @@ class WeightSource {
     int64_t offset = 0;
     int64_t group_size = 0;
     int64_t group_stride = 0;
+    int64_t rows = 1;                        // inputs, of a matrix
+    const io::TensorView* scales = nullptr;  // of whole numbers, which lie in `tensor`
   };
 
   WeightSource(const ModelConfig& config, io::TensorSource& source, const std::string& where);
@@ -69,8 +74,18 @@ class WeightSource {
   void ReadEmbeddingRows(int64_t begin, int64_t end, float* out) const;
   void ReadPositionRows(int64_t begin, int64_t end, float* out) const;
   void ReadHeadRows(int64_t begin, int64_t end, float* out) const;
+  // What the matrices of the layers, and embedding and head, are stored as where they have scales: "int8"
+  // or "int4"; else "". Only then may scales be read.
+  const char* matrix_scales() const;
+  const char* table_scales() const;
+  // The float16 scales of columns [begin, end) of a matrix: out[group * ld + (column - begin)]; and of
+  // rows [begin, end) of the embedding and the head, [end - begin, io::ScaleGroups(hidden)].
+  void ReadColumnScales(int32_t layer, Matrix which, int64_t begin, int64_t end, uint16_t* out,
+                        int64_t ld) const;
+  void ReadEmbeddingScales(int64_t begin, int64_t end, uint16_t* out) const;
+  void ReadHeadScales(int64_t begin, int64_t end, uint16_t* out) const;
   // The head is the word embedding, or equal to it byte for byte.
-  bool head_is_tied() const { return head_ == nullptr; }
+  bool head_is_tied() const { return head_.tensor == nullptr; }
 
   // Where the roles lie, for who reads tensors that are not in memory of the host. The rows of a matrix
   // and of a table are those of its tensor, a vector is one row.
@@ -87,18 +102,24 @@ class WeightSource {
     Part matrices[kNumMatrices];
     Part vectors[kNumVectors];
   };
+  // A tensor, and that of its scales if it has them.
+  struct Table {
+    const io::TensorView* tensor = nullptr;
+    const io::TensorView* scales = nullptr;
+  };
   class Binder;
 
-  static void ReadPart(const Part& part, int64_t rows, int64_t begin, int64_t end, float* out,
-                       int64_t ld);
-  static void ReadRows(const io::TensorView& table, int64_t begin, int64_t end, float* out);
+  static void ReadPart(const Part& part, int64_t begin, int64_t end, float* out, int64_t ld);
+  static void ReadRows(const Table& table, int64_t begin, int64_t end, float* out);
+  static void ReadRowScales(const Table& table, int64_t begin, int64_t end, uint16_t* out);
+  const Table& head() const { return head_is_tied() ? embedding_ : head_; }
   bool HeadEqualsEmbedding();
 
   io::TensorSource& source_;
   std::vector<Layer> layers_;
-  const io::TensorView* embedding_ = nullptr;
+  Table embedding_;
   const io::TensorView* positions_ = nullptr;
-  const io::TensorView* head_ = nullptr;
+  Table head_;
   const io::TensorView* final_norm_weight_ = nullptr;
   const io::TensorView* final_norm_bias_ = nullptr;
 };

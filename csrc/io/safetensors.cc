@@ -38,8 +38,8 @@ constexpr StoredType kStoredTypes[] = {
     {"F32", 32, DType::kFloat32},  {"F16", 16, DType::kFloat16},  {"BF16", 16, DType::kBFloat16},
     {"F64", 64, DType::kOther},    {"I64", 64, DType::kOther},    {"U64", 64, DType::kOther},
     {"C64", 64, DType::kOther},    {"I32", 32, DType::kOther},    {"U32", 32, DType::kOther},
-    {"I16", 16, DType::kOther},    {"U16", 16, DType::kOther},    {"I8", 8, DType::kOther},
-    {"U8", 8, DType::kOther},      {"BOOL", 8, DType::kOther},    {"F8_E4M3", 8, DType::kOther},
+    {"I16", 16, DType::kOther},    {"U16", 16, DType::kOther},    {"I8", 8, DType::kInt8},
+    {"U8", 8, DType::kUInt8},      {"BOOL", 8, DType::kOther},    {"F8_E4M3", 8, DType::kOther},
     {"F8_E5M2", 8, DType::kOther}, {"F8_E8M0", 8, DType::kOther}, {"F6_E2M3", 6, DType::kOther},
     {"F6_E3M2", 6, DType::kOther}, {"F4", 4, DType::kOther},
 };
@@ -108,7 +108,7 @@ Entry ParseEntry(const std::string& path, const std::string& name, const Json& v
 
   const StoredType* type = FindStoredType(dtype->string());
   entry.view.dtype = type == nullptr ? DType::kOther : type->dtype;
-  if (entry.view.dtype == DType::kOther) entry.view.stored_type = dtype->string();
+  if (!IsFloat(entry.view.dtype)) entry.view.stored_type = dtype->string();
   if (type != nullptr) {
     uint64_t bits = 0;
     if (__builtin_mul_overflow(elements, type->bits, &bits) || bits % 8 != 0 ||

@@ -7,11 +7,17 @@
 
 namespace fastgen::io {
 
+bool IsFloat(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
 size_t DTypeSize(DType dtype) {
   switch (dtype) {
     case DType::kFloat32: return 4;
     case DType::kFloat16:
     case DType::kBFloat16: return 2;
+    case DType::kInt8:
+    case DType::kUInt8: return 1;
     case DType::kOther: break;
   }
   return 0;
@@ -22,6 +28,8 @@ const char* DTypeName(DType dtype) {
     case DType::kFloat32: return "float32";
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
+    case DType::kInt8: return "int8";
+    case DType::kUInt8: return "uint8";
     case DType::kOther: break;
   }
   return "another type";
@@ -40,7 +48,7 @@ uint64_t TensorView::num_bytes() const {
 std::string TensorView::ShapeText() const { return io::ShapeText(shape); }
 
 std::string TensorView::TypeText() const {
-  return dtype == DType::kOther && !stored_type.empty() ? stored_type : DTypeName(dtype);
+  return !IsFloat(dtype) && !stored_type.empty() ? stored_type : DTypeName(dtype);
 }
 
 std::string ShapeText(const std::vector<int64_t>& shape) {
@@ -73,6 +81,8 @@ void ToFloat32(DType dtype, const void* source, int64_t count, float* __restrict
         out[i] = base::BrainToFloat(half);
       }
       return;
+    case DType::kInt8:
+    case DType::kUInt8:
     case DType::kOther: return;
   }
 }

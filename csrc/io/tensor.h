@@ -9,9 +9,13 @@
 
 namespace fastgen::io {
 
-// kOther: a type that the engine does not compute with, e.g. the boolean mask that old checkpoints
-// carry. Such a tensor keeps its place in the list, so that leaving it out is a decision.
-enum class DType { kFloat32, kFloat16, kBFloat16, kOther };
+// kInt8, kUInt8: whole numbers, which mean weights with the scales of another tensor only, see
+// io/quantized.h. kOther: a type that the engine does not compute with, e.g. the boolean mask that old
+// checkpoints carry. Such a tensor keeps its place in the list, so that leaving it out is a decision.
+enum class DType { kFloat32, kFloat16, kBFloat16, kInt8, kUInt8, kOther };
+
+// Weights by themselves: float32, float16 or bfloat16.
+bool IsFloat(DType dtype);
 
 // Bytes of one element; 0 for kOther.
 size_t DTypeSize(DType dtype);
@@ -22,7 +26,7 @@ struct TensorView {
   const void* data = nullptr;  // at any address: read with memcpy or ToFloat32()
   DType dtype = DType::kFloat32;
   std::vector<int64_t> shape;
-  std::string stored_type;  // the file's own word for the type, when it is kOther
+  std::string stored_type;  // the file's own word for the type, when it is no float
 
   int64_t num_elements() const;
   uint64_t num_bytes() const;
@@ -34,7 +38,7 @@ struct TensorView {
 
 std::string ShapeText(const std::vector<int64_t>& shape);
 
-// `count` elements of type `dtype` (not kOther) from any address as float32. Exact, subnormals,
+// `count` elements of type `dtype` (a float) from any address as float32. Exact, subnormals,
 // infinities and NaN payloads included.
 void ToFloat32(DType dtype, const void* source, int64_t count, float* out);
 

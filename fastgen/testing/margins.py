@@ -278,7 +278,8 @@ def compare(
         seed: that both were generated with.
         score: compared too, unless None.
         finish_reason: ``eos`` or ``length``; compared too, unless None.
-        allowed: margin below which a step is undecided, for a decoder that rounds more than float32.
+        allowed: margin below which a step is undecided, for a decoder that rounds more than
+            float32.
 
     Returns:
         True if all is equal, False if a difference was accepted by the margin rule; what follows

@@ -1,4 +1,5 @@
-// Damages an export in every way that comes to mind and loads model and tokenizer: an error with a
+// Damages an export, and a directory of rounded weights, in every way that comes to mind and loads model
+// and tokenizer: an error with a
 // sentence, or one that works, and never a crash, a leak or a large allocation. Of most use when built
 // with sanitizers.
 //
@@ -136,6 +137,8 @@ constexpr File kFiles[] = {
     {"merges.txt", kTokenizer, File::kAny, false, false, true},
     {"special_tokens_map.json", kTokenizer, File::kLastByte, true, false, false},
     {"tokenizer_config.json", kTokenizer, File::kLastByte, true, false, false},
+    {"config.json", kModel, File::kNone, false, false, false},
+    {"model.safetensors", kModel, File::kNone, false, false, false},
 };
 
 // Bytes whose change matters: of gpt.pdiparams the records' headers and the first byte after each
@@ -276,6 +279,16 @@ int main(int argc, char** argv) {
         if (file.of_an_export == of_an_export && std::filesystem::exists(path)) {
           damager.DamageFile(file, ReadFile(path), manifest);
         }
+      }
+    }
+    for (const char* type : {"int4", "int8", "bfloat16"}) {
+      std::filesystem::remove_all(scratch);
+      std::filesystem::create_directories(scratch);
+      fastgen::tests::WriteRounded(fastgen::tests::MakeTinyModel(3), type, scratch);
+      std::printf("%s:\n", type);
+      for (const File& file : kFiles) {
+        const std::string path = scratch + "/" + file.name;
+        if (std::filesystem::exists(path)) damager.DamageFile(file, ReadFile(path), "");
       }
     }
     std::filesystem::remove_all(scratch);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <vector>
 
 #include "base/half.h"
 #include "kernel_cases.h"
@@ -203,6 +204,61 @@ TEST(Kernels, PreparedRows) {
           }
         }
       }
+    }
+  }
+}
+
+// A panel is made again of its weights and scales, whatever the scales are: subnormal, zero, negative,
+// saturated, infinite; and of weights that were never whole numbers.
+TEST(Panels, ScalesAreKept) {
+  std::mt19937 random(7);
+  std::uniform_int_distribution<int> exponent(-40, 24);
+  std::normal_distribution<float> normal;
+  for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
+    for (const int64_t in : {1, 31, 32, 33, 100}) {
+      for (int round = 0; round < 200; ++round) {
+        std::vector<float> weights(static_cast<size_t>(in * kPanel));
+        for (float& value : weights) value = normal(random);
+        for (int64_t c = 0; c < kPanel; ++c) {
+          const float size = c == 3 ? 0.0f : std::ldexp(1.0f, exponent(random));
+          for (int64_t k = 0; k < in; ++k) weights[k * kPanel + c] *= size;
+        }
+        if (round % 20 == 0) weights[5] = std::numeric_limits<float>::infinity();
+        if (round % 20 == 1) weights[5] = std::numeric_limits<float>::quiet_NaN();
+        const size_t bytes = static_cast<size_t>(PanelBytes(type, in));
+        std::vector<char> panel(bytes), again(bytes);
+        PackPanel(type, weights.data(), in, panel.data());
+        std::vector<uint16_t> scales(static_cast<size_t>((in + kGroup - 1) / kGroup * kPanel));
+        const size_t group = bytes / (scales.size() / kPanel);
+        for (size_t g = 0; g * kPanel < scales.size(); ++g) {
+          std::memcpy(&scales[g * kPanel], &panel[g * group], kPanel * sizeof(uint16_t));
+        }
+        std::vector<float> column(static_cast<size_t>(in));
+        for (int64_t c = 0; c < kPanel; ++c) {
+          ReadColumn(type, panel.data(), in, c, column.data());
+          for (int64_t k = 0; k < in; ++k) weights[k * kPanel + c] = column[k];
+        }
+        PackPanel(type, weights.data(), in, again.data(), scales.data());
+        ASSERT_EQ(panel, again) << WeightTypeName(type) << " of " << in << " rows, " << round;
+      }
+    }
+  }
+}
+
+// Every number of a scale, with every whole number.
+TEST(Panels, EveryScaleAndNumber) {
+  std::vector<float> weights(kGroup * kPanel);
+  std::vector<uint16_t> scales(kPanel);
+  std::vector<int8_t> whole(kGroup * kPanel);
+  for (uint32_t bits = 1; bits < 0x7c00u; ++bits) {
+    const float scale = base::HalfToFloat(static_cast<uint16_t>(bits));
+    for (uint32_t sign : {0u, 0x8000u}) {
+      std::fill(scales.begin(), scales.end(), static_cast<uint16_t>(bits | sign));
+      for (int q = -127; q <= 127; ++q) {
+        weights[q + 127] = (sign ? -scale : scale) * static_cast<float>(q);
+      }
+      Quantize(WeightType::kInt8, weights.data(), kGroup, scales.data(), whole.data());
+      for (int q = -127; q <= 127; ++q) ASSERT_EQ(whole[q + 127], q) << bits;
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <random>
+#include <stdexcept>
 #include <utility>
 
 #include "temporary.h"
@@ -178,24 +179,91 @@ std::string SafetensorsFile(const std::string& header, const std::string& data) 
   return file + header + data;
 }
 
-void WriteHuggingFace(const TinyModel& model, const std::string& directory) {
-  std::string header;
-  std::string data;
-  for (const TinyModel::Tensor& tensor : model.tensors) {
-    const size_t begin = data.size();
-    AppendValues(tensor.values, &data);
-    header += (header.empty() ? "{\"" : ", \"") + tensor.name +
-              "\": {\"dtype\": \"F32\", \"shape\": " + ShapeOf(tensor) + ", \"data_offsets\": [" +
-              std::to_string(begin) + ", " + std::to_string(data.size()) + "]}";
+namespace {
+
+// A safetensors file that grows.
+class SafetensorsWriter {
+ public:
+  void Add(const std::string& name, const char* dtype, const std::string& shape, const void* bytes,
+           size_t size) {
+    const size_t begin = data_.size();
+    data_.append(static_cast<const char*>(bytes), size);
+    header_ += (header_.empty() ? "{\"" : ", \"") + name + "\": {\"dtype\": \"" + dtype +
+               "\", \"shape\": " + shape + ", \"data_offsets\": [" + std::to_string(begin) + ", " +
+               std::to_string(data_.size()) + "]}";
   }
+  std::string File() const { return SafetensorsFile(header_ + "}", data_); }
+
+ private:
+  std::string header_;
+  std::string data_;
+};
+
+void AddFloats(const TinyModel::Tensor& tensor, SafetensorsWriter* file) {
+  file->Add(tensor.name, "F32", ShapeOf(tensor), tensor.values.data(),
+            tensor.values.size() * sizeof(float));
+}
+
+// config.json with more members, ", ..." or "".
+void WriteConfig(const TinyModel& model, const std::string& more, const std::string& directory) {
   const fastgen_config& c = model.config;
-  WriteFile(directory + "/model.safetensors", SafetensorsFile(header + "}", data));
   WriteFile(directory + "/config.json",
             "{\"model_type\": \"gpt2\", " + Number("vocab_size", c.vocab_size) + ", " +
                 Number("n_positions", c.max_positions) + ", " + Number("n_embd", c.hidden_size) +
                 ", " + Number("n_layer", c.num_layers) + ", " + Number("n_head", c.num_heads) +
                 ", " + Number("n_inner", c.intermediate_size) + ", " +
-                Number("eos_token_id", c.eos_token_id) + "}");
+                Number("eos_token_id", c.eos_token_id) + more + "}");
+}
+
+}  // namespace
+
+void WriteHuggingFace(const TinyModel& model, const std::string& directory) {
+  SafetensorsWriter file;
+  for (const TinyModel::Tensor& tensor : model.tensors) AddFloats(tensor, &file);
+  WriteFile(directory + "/model.safetensors", file.File());
+  WriteConfig(model, "", directory);
+}
+
+void WriteRounded(const TinyModel& model, const std::string& weight_dtype,
+                  const std::string& directory) {
+  const bool whole = weight_dtype == "int8" || weight_dtype == "int4";
+  const std::vector<fastgen_tensor> tensors = TensorsOf(model);
+  SafetensorsWriter file;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TinyModel::Tensor& tensor = model.tensors[i];
+    const bool table = tensor.name == "wte.weight";
+    if (tensor.shape.size() != 2 || tensor.name == "wpe.weight") {
+      AddFloats(tensor, &file);
+      continue;
+    }
+    const std::string type = table && weight_dtype == "int4" ? "int8" : weight_dtype;
+    const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
+    const int64_t groups = ((table ? columns : rows) + 31) / 32;
+    std::vector<uint16_t> values(tensor.values.size()),
+        scales(table ? rows * groups : groups * columns);
+    if (fastgen_quantize(&tensors[i], table ? 1 : 0, type.c_str(), values.data(), scales.data()) !=
+        FASTGEN_OK) {
+      throw std::runtime_error(fastgen_last_error());
+    }
+    const auto shape = [](int64_t a, int64_t b) {
+      return "[" + std::to_string(a) + ", " + std::to_string(b) + "]";
+    };
+    if (!whole) {
+      file.Add(tensor.name, type == "float16" ? "F16" : "BF16", ShapeOf(tensor), values.data(),
+               values.size() * 2);
+      continue;
+    }
+    const int64_t packed = type == "int4" ? (rows + 1) / 2 : rows;
+    file.Add(tensor.name + "." + type, type == "int4" ? "U8" : "I8", shape(packed, columns),
+             values.data(), static_cast<size_t>(packed * columns));
+    file.Add(tensor.name + ".scales", "F16", table ? shape(rows, groups) : shape(groups, columns),
+             scales.data(), scales.size() * 2);
+  }
+  WriteFile(directory + "/model.safetensors", file.File());
+  WriteConfig(model,
+              ", \"fastgen_weights\": {" + Number("version", 1) + ", " + Number("group_size", 32) +
+                  ", \"weight_dtype\": \"" + weight_dtype + "\"}",
+              directory);
 }
 
 TokenizerText MakeTokenizerText() {

@@ -39,6 +39,10 @@ std::vector<ByteRange> WriteExport(const TinyModel& model, const std::string& di
 // config.json and model.safetensors.
 void WriteHuggingFace(const TinyModel& model, const std::string& directory);
 
+// The same, rounded to a type as `fastgen convert --weight_dtype` does.
+void WriteRounded(const TinyModel& model, const std::string& weight_dtype,
+                  const std::string& directory);
+
 // The file format alone: an 8-byte length, the header, the data.
 std::string SafetensorsFile(const std::string& header, const std::string& data);
 

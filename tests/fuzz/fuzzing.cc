@@ -5,6 +5,7 @@
 
 #include "engine/weights.h"
 #include "io/mapped_file.h"
+#include "io/quantized.h"
 
 namespace fastgen::fuzz {
 
@@ -43,12 +44,17 @@ void ReadWeights(const engine::ModelConfig& config, io::TensorSource& source) {
   using engine::Matrix;
   using engine::Vector;
   engine::WeightSource weights(config, source, "model");
+  const bool has_scales = *weights.matrix_scales() != 0;
   const int64_t hidden = config.hidden_size;
   const int64_t inner = config.intermediate_size;
   std::vector<float> row(static_cast<size_t>(hidden));
   for (int64_t i = 0; i < config.vocab_size; ++i) {
     weights.ReadEmbeddingRows(i, i + 1, row.data());
     weights.ReadHeadRows(i, i + 1, row.data());
+    if (!has_scales) continue;
+    std::vector<uint16_t> scales(static_cast<size_t>(io::ScaleGroups(hidden)));
+    weights.ReadEmbeddingScales(i, i + 1, scales.data());
+    weights.ReadHeadScales(i, i + 1, scales.data());
   }
   for (int64_t i = 0; i < config.max_positions; ++i) weights.ReadPositionRows(i, i + 1, row.data());
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
@@ -61,6 +67,10 @@ void ReadWeights(const engine::ModelConfig& config, io::TensorSource& source) {
       std::vector<float> columns(static_cast<size_t>(in * out));
       weights.ReadColumns(layer, matrix, 0, middle, columns.data(), out);
       weights.ReadColumns(layer, matrix, middle, out, columns.data() + middle, out);
+      if (!has_scales) continue;
+      std::vector<uint16_t> scales(static_cast<size_t>(io::ScaleGroups(in) * out));
+      weights.ReadColumnScales(layer, matrix, 0, middle, scales.data(), out);
+      weights.ReadColumnScales(layer, matrix, middle, out, scales.data() + middle, out);
     }
     for (int which = 0; which < engine::kNumVectors; ++which) {
       const auto vector = static_cast<Vector>(which);

@@ -28,6 +28,7 @@ CORPUS = Path(__file__).parent / "corpus"
 SEPARATOR = b"\n====\n"
 SHAPE = GPTShape(3, 2, 2, 1, 1, 2)
 TWO_HEADS = GPTShape(3, 2, 2, 1, 2, 3)
+KINDS = {"bool": "BOOL", "int8": "I8", "uint8": "U8", "float16": "F16"}
 HALF = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 
 
@@ -49,9 +50,10 @@ def safetensors(tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, array in tensors.items():
-        content = array.tobytes() if array.dtype == np.bool_ else stored(array, dtype)
+        kind = KINDS.get(str(array.dtype), dtype)
+        content = stored(array, dtype) if kind == dtype else array.tobytes()
         header[name] = {
-            "dtype": "BOOL" if array.dtype == np.bool_ else dtype,
+            "dtype": kind,
             "shape": array.shape,
             "data_offsets": [len(data), len(data) + len(content)],
         }
@@ -61,8 +63,33 @@ def safetensors(tensors: Mapping[str, np.ndarray], dtype: str = "F32") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def whole(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Numbers and scales of no weights in particular, as docs/weights.md has them."""
+    rng = np.random.default_rng(1)
+    result = {}
+    for name, array in tensors.items():
+        table = name in ("wte.weight", "lm_head.weight")
+        if array.ndim == 1 or name == "wpe.weight":
+            result[name] = array
+            continue
+        rows, columns = array.shape
+        groups = [rows, -(-columns // 32)] if table else [-(-rows // 32), columns]
+        result[f"{name}.scales"] = rng.random(groups).astype(np.float16)
+        if dtype == "int4" and not table:
+            values = rng.integers(0, 256, (-(-rows // 2), columns))
+            result[f"{name}.int4"] = values.astype(np.uint8)
+        else:
+            result[f"{name}.int8"] = rng.integers(-127, 128, array.shape).astype(np.int8)
+    return result
+
+
 def configuration(shape: GPTShape, **changes: Any) -> bytes:
     return dense({"model_type": "gpt2", **shape.huggingface_config(), "eos_token_id": 0, **changes})
+
+
+def rounded(dtype: str, **changes: Any) -> bytes:
+    scheme = {"version": 1, "weight_dtype": dtype, "group_size": 32}
+    return configuration(SHAPE, fastgen_weights=scheme, **changes)
 
 
 def checkpoints() -> dict[str, bytes]:
@@ -84,6 +111,11 @@ def checkpoints() -> dict[str, bytes]:
         "separate_head": SEPARATOR.join(
             [configuration(SHAPE, tie_word_embeddings=False), b"", safetensors(head)]
         ),
+        "int8_head": SEPARATOR.join(
+            [rounded("int8", tie_word_embeddings=False), b"", safetensors(whole(head, "int8"))]
+        ),
+        "int4": SEPARATOR.join([rounded("int4"), b"", safetensors(whole(tensors, "int4"))]),
+        "bfloat16": SEPARATOR.join([rounded("bfloat16"), b"", safetensors(tensors, "BF16")]),
         "shards": SEPARATOR.join([good, dense(index), *map(safetensors, parts)]),
     }
 

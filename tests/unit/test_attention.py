@@ -1,4 +1,4 @@
-"""Attention on the CPU: a row's bits are its own, whatever rows, threads and positions go with it."""
+"""Attention on the CPU: a row's bits are its own, whatever else is computed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def tokens_of(shape: GPTShape, count: int) -> list[int]:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_prompt_at_once_is_a_prompt_step_by_step(shape: GPTShape, cache: str, isa: str) -> None:
-    """Tiles of up to six rows, at every place relative to blocks and spans, against rows alone; many
-    threads split the cache, one does not."""
+    """Tiles of up to six rows, at every place relative to blocks and spans, against rows alone;
+    many threads split the cache, one does not."""
     tensors = make_tensors(shape, WeightRecipe(seed=4))
     longest = shape.max_position_embeddings
     options = GenerationOptions(max_length=longest - 1, eos_token_id=-1)

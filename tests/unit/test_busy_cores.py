@@ -11,8 +11,8 @@ from fastgen.options import GenerationOptions
 from fastgen.testing.engine import EngineModel
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
 
-# Twice is what two threads on one core cannot avoid. Spinning without giving up the core would be some
-# hundred times: every region would wait for the end of a time slice.
+# Twice is what two threads on one core cannot avoid. Spinning without giving up the core would be
+# some hundred times: every region would wait for the end of a time slice.
 MOST = 10.0
 
 

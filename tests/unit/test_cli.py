@@ -325,6 +325,30 @@ def test_convert(tiny: Any, tmp_path: Path) -> None:
     assert fastgen("convert", "nowhere", tmp_path / "other").code == 1
 
 
+def test_convert_to_fewer_bits(tiny: Any, tmp_path: Path) -> None:
+    target = tmp_path / "int8"
+    result = fastgen("convert", "--weight_dtype", "int8", tiny.directory, target)
+    assert (result.code, result.stdout) == (0, "")
+    assert result.stderr.endswith(" MB of weights, int8\n")
+    described = fastgen("info", "--json", "--model_name_or_path", target).document["model"]
+    assert described == {
+        "directory": str(target),
+        "weight_dtype": "int8",
+        "bytes": (target / "model.safetensors").stat().st_size,
+    }
+    text = fastgen("info", "--model_name_or_path", target).stdout
+    assert re.search(r"^weights: +[\d.]+ MB, type int8$", text, re.M)
+    request = ("infer", "--prompt", "Return", "--seed", "3", "--json", "--model_name_or_path")
+    ahead = fastgen(*request, target).document
+    loaded = fastgen(*request, tiny.directory, "--weight_dtype", "int8").document
+    assert ahead["token_ids"] == loaded["token_ids"]
+    export = fastgen("export", "--model_name_or_path", target,
+                     "--inference_model_dir", tmp_path / "export")  # fmt: skip
+    assert export.code == 1
+    assert "rounded to int8, which only the engine reads" in export.stderr
+    assert fastgen("convert", "--weight_dtype", "int3", tiny.directory, target).code == 2
+
+
 def test_bench(tiny: Any) -> None:
     arguments = ("bench", tiny.directory, "--batch-sizes", "1,3", "--steps", 4, "--prefill", 20,
                  "--rounds", 2, "--bandwidth-mib", 16)  # fmt: skip

@@ -227,7 +227,8 @@ typedef struct fastgen_model_options {
   const char* isa;
   /** Type that weights are packed as: "float32", "float16", "bfloat16", "int8" or "int4" (the integers
    *  with a float16 scale for every 32 inputs of an output; on the CPU the embedding and the head of
-   *  "int4" have 8 bits). NULL: "float32". */
+   *  "int4" have 8 bits). NULL or "": what the files say that `fastgen convert --weight_dtype` wrote, else
+   *  "float32". Files of fewer bits can be loaded as any type: their weights are rounded again. */
   const char* weight_dtype;
   /** Threads that compute on the CPU, 1 to 1024. 0: the environment variable `FASTGEN_NUM_THREADS`,
    *  else the processors that this process may use. */
@@ -250,7 +251,7 @@ typedef struct fastgen_model_options {
 } fastgen_model_options;
 
 /**
- * Fills options with the defaults: "cpu", the best kernel set, "float32", all processors.
+ * Fills options with the defaults: "cpu", the best kernel set, the type of the files, all processors.
  * @param[out] options NULL: nothing happens
  * @since 0.1
  */
@@ -355,6 +356,28 @@ FASTGEN_API fastgen_status fastgen_model_create(const fastgen_config* config,
  */
 FASTGEN_API fastgen_status fastgen_checksum(const fastgen_tensor* tensors, size_t num_tensors,
                                             const char* device, void* stream, uint64_t* checksum);
+
+/**
+ * Rounds a matrix of weights to a type, for a file: to the same bits as a model that is loaded with this
+ * `weight_dtype` on the CPU. `fastgen convert` writes its files with it.
+ *
+ * Inputs come in groups of 32, of which the last may be shorter; an output has a scale for each, and the
+ * weight is scale * q. The number of groups is (in + 31) / 32. Threads are those of a model.
+ * @param matrix 2 dimensions: [in, out] of a linear layer, or [out, in] of a table
+ * @param is_table 1: an embedding or a head; 0: a linear layer
+ * @param weight_dtype "float16" or "bfloat16"; "int8"; or "int4", which no table can have: with the
+ *        layers in int4, embedding and head are int8
+ * @param[out] values at a multiple of 2. float16 and bfloat16: [shape of `matrix`], 2 bytes each, nearest,
+ *        ties to even, saturated. int8: [shape of `matrix`], int8, -127 to 127. int4: [(in + 1) / 2, out],
+ *        uint8, input 2 k as q + 8 in the low and 2 k + 1 in the high half, 8 past the last input.
+ * @param[out] scales float16, at a multiple of 2: [groups, out], or [out, groups] of a table. Not used,
+ *        and may be NULL, for float16 and bfloat16.
+ * @retval FASTGEN_INVALID_ARGUMENT the matrix has no name, data or 2 dimensions; there is no such type, or
+ *         not for a table
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_quantize(const fastgen_tensor* matrix, int32_t is_table,
+                                            const char* weight_dtype, void* values, void* scales);
 
 /**
  * Shape and special tokens of a model.

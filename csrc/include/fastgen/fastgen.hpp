@@ -133,7 +133,7 @@ struct ModelOptions {
   std::string device;
   /** Kernel set of the CPU; empty: the environment variable `FASTGEN_ISA`, else the best one. */
   std::string isa;
-  /** Type that weights are packed as, see ::fastgen_model_options; empty: "float32". */
+  /** Type that weights are packed as, see ::fastgen_model_options; empty: the type of the files. */
   std::string weight_dtype;
   /** Threads that compute; 0: the environment variable `FASTGEN_NUM_THREADS`, else the processors
    *  that this process may use. */

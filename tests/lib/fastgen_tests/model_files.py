@@ -10,15 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
 import fastgen
-from fastgen.errors import ModelFileError
+from fastgen.errors import ModelFileError, NotFoundError
 
 VOCAB, POSITIONS, HIDDEN, LAYERS, HEADS, INNER = 17, 12, 8, 2, 2, 20
 PROMPT = [1, 5, 3]
 
 Tensors = dict[str, np.ndarray]
+
+#: Every example loads a whole model from one directory that the examples share.
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def make_config(**changes: Any) -> dict[str, Any]:
@@ -153,3 +163,21 @@ def refused(
     for word in words:
         assert word in sentence, sentence
     return sentence
+
+
+def load_or_refuse(directory: Path) -> None:
+    """A damaged directory either loads, and then generates, or is refused with a sentence."""
+    try:
+        model = load(directory)
+    except (ModelFileError, NotFoundError) as error:
+        sentence = str(error)
+        assert sentence
+        assert len(sentence) < 1000
+        assert sentence.isprintable(), repr(sentence)
+    else:
+        with model:
+            (tokens,) = model.generate(
+                [PROMPT], decode_strategy="greedy_search", max_length=2
+            ).token_ids
+            assert 1 <= len(tokens) <= 2
+            assert all(0 <= token < model.info.vocab_size for token in tokens)

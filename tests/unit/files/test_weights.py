@@ -15,29 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from fastgen_tests.model_files import (
+    FUZZ,
     HIDDEN,
-    PROMPT,
-    load,
+    load_or_refuse,
     make_config,
     make_tensors,
     refused,
     safetensors_bytes,
     write_model,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-
-from fastgen.errors import ModelFileError, NotFoundError
-
-#: Every example loads a whole model from one directory that the examples share.
-FUZZ = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
 
 # ---- Damaged files ---------------------------------------------------------------------------
 
@@ -63,24 +51,6 @@ def test_truncated_config(tmp_path: Path) -> None:
     text = json.dumps(make_config())
     for size in range(len(text)):
         refused(write_model(tmp_path, text[:size]), "config.json")
-
-
-def load_or_refuse(directory: Path) -> None:
-    """A damaged directory either loads, and then generates, or is refused with a sentence."""
-    try:
-        model = load(directory)
-    except (ModelFileError, NotFoundError) as error:
-        sentence = str(error)
-        assert sentence
-        assert len(sentence) < 1000
-        assert sentence.isprintable(), repr(sentence)
-    else:
-        with model:
-            (tokens,) = model.generate(
-                [PROMPT], decode_strategy="greedy_search", max_length=2
-            ).token_ids
-            assert 1 <= len(tokens) <= 2
-            assert all(0 <= token < model.info.vocab_size for token in tokens)
 
 
 @FUZZ

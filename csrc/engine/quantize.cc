@@ -1,0 +1,124 @@
+#include "engine/quantize.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "base/half.h"
+#include "io/quantized.h"
+
+namespace fastgen::engine {
+namespace {
+
+using cpu::kGroup;
+using cpu::kPanel;
+using cpu::WeightType;
+
+// A group of inputs of a panel's outputs, [inputs, kPanel].
+struct Block {
+  float weights[kGroup * kPanel];
+  uint16_t scales[kPanel];
+  int8_t whole[kGroup * kPanel];
+};
+
+const char* At(const io::TensorView& tensor, int64_t row, int64_t column) {
+  const int64_t element = static_cast<int64_t>(io::DTypeSize(tensor.dtype));
+  return static_cast<const char*>(tensor.data) + (row * tensor.shape[1] + column) * element;
+}
+
+void To16Bits(const io::TensorView& tensor, WeightType type, int64_t row, uint16_t* out) {
+  float weights[256];
+  const int64_t columns = tensor.shape[1];
+  for (int64_t begin = 0; begin < columns; begin += 256) {
+    const int64_t count = std::min<int64_t>(256, columns - begin);
+    io::ToFloat32(tensor.dtype, At(tensor, row, begin), count, weights);
+    for (int64_t i = 0; i < count; ++i) {
+      const float w = weights[i];
+      out[begin + i] = type == WeightType::kFloat16 ? base::FloatToHalf(w) : base::FloatToBrain(w);
+    }
+  }
+}
+
+// Outputs [first, last) of a table, whose inputs lie in a row.
+void QuantizeOutputs(const io::TensorView& table, int64_t first, int64_t last, int8_t* values,
+                     uint16_t* scales) {
+  const int64_t in = table.shape[1], groups = io::ScaleGroups(in), count = last - first;
+  Block block;
+  float row[kGroup];
+  for (int64_t begin = 0; begin < in; begin += kGroup) {
+    const int64_t inputs = std::min(kGroup, in - begin);
+    std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
+    for (int64_t c = 0; c < count; ++c) {
+      io::ToFloat32(table.dtype, At(table, first + c, begin), inputs, row);
+      for (int64_t k = 0; k < inputs; ++k) block.weights[k * kPanel + c] = row[k];
+    }
+    cpu::FindScales(WeightType::kInt8, block.weights, inputs, block.scales);
+    cpu::Quantize(WeightType::kInt8, block.weights, inputs, block.scales, block.whole);
+    for (int64_t c = 0; c < count; ++c) {
+      scales[(first + c) * groups + begin / kGroup] = block.scales[c];
+      int8_t* const to = values + (first + c) * in + begin;
+      for (int64_t k = 0; k < inputs; ++k) to[k] = block.whole[k * kPanel + c];
+    }
+  }
+}
+
+// A group of inputs of all outputs of a matrix [in, out].
+void QuantizeInputs(const io::TensorView& matrix, WeightType type, int64_t group, void* values,
+                    uint16_t* scales) {
+  const int64_t in = matrix.shape[0], out = matrix.shape[1], begin = group * kGroup;
+  const int64_t inputs = std::min(kGroup, in - begin);
+  Block block;
+  for (int64_t first = 0; first < out; first += kPanel) {
+    const int64_t count = std::min(kPanel, out - first);
+    std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
+    for (int64_t k = 0; k < inputs; ++k) {
+      io::ToFloat32(matrix.dtype, At(matrix, begin + k, first), count, block.weights + k * kPanel);
+    }
+    cpu::FindScales(type, block.weights, inputs, block.scales);
+    cpu::Quantize(type, block.weights, inputs, block.scales, block.whole);
+    std::copy(block.scales, block.scales + count, scales + group * out + first);
+    for (int64_t k = 0; k < inputs; ++k) {
+      const int8_t* const whole = block.whole + k * kPanel;
+      if (type == WeightType::kInt8) {
+        std::copy(whole, whole + count, static_cast<int8_t*>(values) + (begin + k) * out + first);
+        continue;
+      }
+      if (k % 2 != 0) continue;
+      auto* const pairs = static_cast<uint8_t*>(values) + (begin + k) / 2 * out + first;
+      for (int64_t c = 0; c < count; ++c) {
+        const int high = k + 1 < inputs ? whole[kPanel + c] : 0;
+        pairs[c] = static_cast<uint8_t>((whole[c] + 8) | (high + 8) << 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void QuantizeMatrix(const io::TensorView& tensor, bool is_table, WeightType type,
+                    cpu::ThreadPool& pool, void* values, uint16_t* scales) {
+  const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  if (type == WeightType::kFloat16 || type == WeightType::kBFloat16) {
+    pool.Run(rows, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        To16Bits(tensor, type, row, static_cast<uint16_t*>(values) + row * columns);
+      }
+    });
+  } else if (is_table) {
+    pool.Run((rows + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        QuantizeOutputs(tensor, panel * kPanel, std::min(rows, (panel + 1) * kPanel),
+                        static_cast<int8_t*>(values), scales);
+      }
+    });
+  } else {
+    pool.Run(io::ScaleGroups(rows), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t group = begin; group < end; ++group) {
+        QuantizeInputs(tensor, type, group, values, scales);
+      }
+    });
+  }
+}
+
+}  // namespace fastgen::engine
