@@ -72,7 +72,7 @@ def _versions_of(
         return [exact]
     reached = np.zeros(logits.size, dtype=bool)
     reached[list(penalized)] = True
-    shift = np.where(reached, np.spacing(np.abs(logits)).astype(np.float64), 0.0)
+    shift = np.where(reached, np.abs(exact) * 2.0**-22, 0.0)  # a rounding or two of float32
     return [exact + shift, exact - shift]
 
 

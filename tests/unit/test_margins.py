@@ -9,7 +9,7 @@ import pytest
 
 from fastgen.options import GenerationOptions
 from fastgen.testing.margins import MARGIN, margin_at
-from fastgen.testing.sampling import probabilities
+from fastgen.testing.sampling import BANNED, probabilities
 
 
 def margin(logits: list[float], prompt: list[int], **options: object) -> float:
@@ -40,6 +40,11 @@ def test_equals_of_which_a_penalty_rounded_one_are_undecided(penalized: int) -> 
     # A power of two rounds nothing, and a token that was not penalized is as it was.
     assert margin(logits, [penalized], repetition_penalty=2.0) > MARGIN
     assert margin(logits, [0], repetition_penalty=1.2) > MARGIN
+
+
+def test_what_is_banned_stays_out() -> None:
+    logits = [float(BANNED), 3.0, 2.0, 1.0]
+    assert margin(logits, [0], repetition_penalty=1.2) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("penalized", [1, 2, 3])
