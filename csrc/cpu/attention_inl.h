@@ -21,8 +21,8 @@ struct SpanArgs {
   const AttentionArgs* tile;
   int64_t row;
   int64_t begin;  // first position of the span
-  int64_t
-      count;  // positions of it that row `row` attends; every further row has one more, to `most`
+  // Positions of it that row `row` attends; every further row attends one more, up to `most`.
+  int64_t count;
   int64_t most;
 
   int64_t CountOf(int64_t m) const { return Min(count + m, most); }

@@ -58,8 +58,8 @@ struct AttentionArgs {
   int64_t rows;  // 1 .. kAttentionRows
   HeadLayout head;
   const char* const* blocks;  // the head's areas, [ceil((length + rows - 1) / kBlock)]
-  int64_t
-      length;  // positions that the first row attends, 0 .. length - 1; each further row one more
+  // Positions that the first row attends, 0 .. length - 1; each further row attends one more.
+  int64_t length;
   float* scores;  // scratch, [rows, kSpan]
   float* parts;   // [ceil((length + rows - 1) / kSpan), rows, value_stride + kPartNotes]
   float* out;     // [rows, head_size], row stride out_stride
