@@ -70,9 +70,10 @@ def _versions_of(
     penalty = float(options.repetition_penalty)
     if math.frexp(penalty)[0] == 0.5:  # a power of two, 1 among them, rounds nothing
         return [exact]
-    reached = np.zeros(logits.size, dtype=bool)
-    reached[list(penalized)] = True
-    shift = np.where(reached, np.abs(exact) * 2.0**-22, 0.0)  # a rounding or two of float32
+    shift = np.zeros_like(exact)
+    reached = np.unique(penalized)
+    reached = reached[np.isfinite(exact[reached])]  # a banned logit may have overflowed to -inf
+    shift[reached] = np.abs(exact[reached]) * 2.0**-22  # a rounding or two of float32
     return [exact + shift, exact - shift]
 
 

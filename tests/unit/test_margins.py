@@ -42,8 +42,9 @@ def test_equals_of_which_a_penalty_rounded_one_are_undecided(penalized: int) -> 
     assert margin(logits, [0], repetition_penalty=1.2) > MARGIN
 
 
-def test_what_is_banned_stays_out() -> None:
-    logits = [float(BANNED), 3.0, 2.0, 1.0]
+@pytest.mark.parametrize("banned", [float(BANNED), -np.inf])
+def test_what_is_banned_stays_out(banned: float) -> None:
+    logits = [banned, 3.0, 2.0, 1.0]
     assert margin(logits, [0], repetition_penalty=1.2) == pytest.approx(1 / 3)
 
 
