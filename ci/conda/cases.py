@@ -10,7 +10,6 @@ can be installed. The exit status is 1 where a case gets anything else than it s
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -236,14 +235,7 @@ async def run(recipe: Path, catalogue: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", type=Path, default=variants.RECIPE, help="its directory")
-    parser.add_argument(
-        "--catalogue", type=Path, default=Path(__file__).resolve().parent / "catalogue.yaml"
-    )
-    arguments = parser.parse_args()
+    arguments = variants.recipe_arguments(__doc__)
     try:
         return asyncio.run(run(arguments.recipe.resolve(), arguments.catalogue))
     except variants.RecipeError as error:

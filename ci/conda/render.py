@@ -13,7 +13,6 @@ Prints the packages, and what nobody has seen on a channel yet. The exit status 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -187,14 +186,7 @@ def check(recipe: Path, catalogue_path: Path) -> tuple[list[str], list[Any], set
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", type=Path, default=variants.RECIPE, help="its directory")
-    parser.add_argument(
-        "--catalogue", type=Path, default=Path(__file__).resolve().parent / "catalogue.yaml"
-    )
-    arguments = parser.parse_args()
+    arguments = variants.recipe_arguments(__doc__)
     try:
         wrong, packages, unseen = check(arguments.recipe.resolve(), arguments.catalogue)
     except (RecipeError, rattler_build_errors()) as error:

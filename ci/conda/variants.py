@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ Row = dict[str, str]
 
 class RecipeError(Exception):
     """The recipe or its variants are wrong; one sentence for a line of output."""
+
+
+def recipe_arguments(description: str | None) -> argparse.Namespace:
+    """The command line of a script that holds a recipe against a catalogue."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="its directory")
+    parser.add_argument(
+        "--catalogue", type=Path, default=Path(__file__).resolve().parent / "catalogue.yaml"
+    )
+    return parser.parse_args()
 
 
 def _read(path: Path) -> dict[str, Any]:

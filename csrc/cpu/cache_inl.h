@@ -1,8 +1,6 @@
 // Elements of the KV cache: how each type is read and written. Part of kernels_inl.h, which includes it
 // inside of the namespace of the set.
 
-constexpr int64_t kMostHeadSize = 1024;
-
 // Finite numbers within [-most, most], others as NaN.
 inline T Saturate(T x, float most) {
   const T clipped = Vec::Min(Vec::Set(most), Vec::Max(Vec::Set(-most), x));

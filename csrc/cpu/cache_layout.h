@@ -15,6 +15,9 @@ namespace fastgen::cpu {
 // Positions of the KV cache come in blocks of this many.
 constexpr int64_t kBlock = 32;
 
+// Kernels have room for a row of this many elements.
+constexpr int64_t kMostHeadSize = 1024;
+
 enum class CacheType { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 struct HeadLayout {

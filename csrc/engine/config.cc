@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "cpu/cache_layout.h"
 #include "io/json.h"
 #include "io/mapped_file.h"
 #include "io/quantized.h"
@@ -18,7 +19,7 @@ constexpr int64_t kMaxVocabSize = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 20;
 constexpr int64_t kMaxHiddenSize = 65536;
 constexpr int64_t kMaxLayers = 1024;
-constexpr int64_t kMaxHeadSize = 1024;
+constexpr int64_t kMaxHeadSize = cpu::kMostHeadSize;
 constexpr int64_t kMaxIntermediateSize = int64_t{1} << 20;
 
 // Of `fastgen_weights`; docs/weights.md.

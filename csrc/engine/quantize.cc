@@ -21,17 +21,12 @@ struct Block {
   int8_t whole[kGroup * kPanel];
 };
 
-const char* At(const io::TensorView& tensor, int64_t row, int64_t column) {
-  const int64_t element = static_cast<int64_t>(io::DTypeSize(tensor.dtype));
-  return static_cast<const char*>(tensor.data) + (row * tensor.shape[1] + column) * element;
-}
-
 void To16Bits(const io::TensorView& tensor, WeightType type, int64_t row, uint16_t* out) {
   float weights[256];
   const int64_t columns = tensor.shape[1];
   for (int64_t begin = 0; begin < columns; begin += 256) {
     const int64_t count = std::min<int64_t>(256, columns - begin);
-    io::ToFloat32(tensor.dtype, At(tensor, row, begin), count, weights);
+    io::ToFloat32(tensor.dtype, tensor.At(row, begin), count, weights);
     for (int64_t i = 0; i < count; ++i) {
       const float w = weights[i];
       out[begin + i] = type == WeightType::kFloat16 ? base::FloatToHalf(w) : base::FloatToBrain(w);
@@ -49,7 +44,7 @@ void QuantizeOutputs(const io::TensorView& table, int64_t first, int64_t last, i
     const int64_t inputs = std::min(kGroup, in - begin);
     std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
     for (int64_t c = 0; c < count; ++c) {
-      io::ToFloat32(table.dtype, At(table, first + c, begin), inputs, row);
+      io::ToFloat32(table.dtype, table.At(first + c, begin), inputs, row);
       for (int64_t k = 0; k < inputs; ++k) block.weights[k * kPanel + c] = row[k];
     }
     cpu::FindScales(WeightType::kInt8, block.weights, inputs, block.scales);
@@ -72,7 +67,7 @@ void QuantizeInputs(const io::TensorView& matrix, WeightType type, int64_t group
     const int64_t count = std::min(kPanel, out - first);
     std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
     for (int64_t k = 0; k < inputs; ++k) {
-      io::ToFloat32(matrix.dtype, At(matrix, begin + k, first), count, block.weights + k * kPanel);
+      io::ToFloat32(matrix.dtype, matrix.At(begin + k, first), count, block.weights + k * kPanel);
     }
     cpu::FindScales(type, block.weights, inputs, block.scales);
     cpu::Quantize(type, block.weights, inputs, block.scales, block.whole);

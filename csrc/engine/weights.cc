@@ -364,9 +364,7 @@ void WeightSource::ReadRows(const Table& table, int64_t begin, int64_t end, floa
     }
     return;
   }
-  const int64_t offset = begin * columns * static_cast<int64_t>(io::DTypeSize(tensor.dtype));
-  io::ToFloat32(tensor.dtype, static_cast<const char*>(tensor.data) + offset,
-                (end - begin) * columns, out);
+  io::ToFloat32(tensor.dtype, tensor.At(begin, 0), (end - begin) * columns, out);
 }
 
 void WeightSource::ReadRowScales(const Table& table, int64_t begin, int64_t end, uint16_t* out) {

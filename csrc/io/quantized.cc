@@ -11,22 +11,17 @@ namespace {
 // -128 is no number of the format: its meaning must not depend on who reads it.
 float Whole(signed char byte) { return static_cast<float>(std::max<int>(byte, -127)); }
 
-const char* At(const TensorView& tensor, int64_t row, int64_t column) {
-  const int64_t element = static_cast<int64_t>(DTypeSize(tensor.dtype));
-  return static_cast<const char*>(tensor.data) + (row * tensor.shape[1] + column) * element;
-}
-
 }  // namespace
 
 void DequantizeInput(const TensorView& values, const TensorView& scales, int64_t row,
                      int64_t column, int64_t count, float* __restrict out) {
-  ToFloat32(DType::kFloat16, At(scales, row / kScaleGroup, column), count, out);
+  ToFloat32(DType::kFloat16, scales.At(row / kScaleGroup, column), count, out);
   if (values.dtype == DType::kInt8) {
-    const auto* q = reinterpret_cast<const signed char*>(At(values, row, column));
+    const auto* q = reinterpret_cast<const signed char*>(values.At(row, column));
     for (int64_t i = 0; i < count; ++i) out[i] *= Whole(q[i]);
     return;
   }
-  const auto* pairs = reinterpret_cast<const unsigned char*>(At(values, row / 2, column));
+  const auto* pairs = reinterpret_cast<const unsigned char*>(values.At(row / 2, column));
   const int shift = row % 2 * 4;
   for (int64_t i = 0; i < count; ++i) out[i] *= static_cast<float>((pairs[i] >> shift & 15) - 8);
 }
@@ -34,7 +29,7 @@ void DequantizeInput(const TensorView& values, const TensorView& scales, int64_t
 void DequantizeOutput(const TensorView& values, const TensorView& scales, int64_t row,
                       float* __restrict out) {
   const int64_t in = values.shape[1];
-  const auto* q = reinterpret_cast<const signed char*>(At(values, row, 0));
+  const auto* q = reinterpret_cast<const signed char*>(values.At(row, 0));
   for (int64_t begin = 0; begin < in; begin += kScaleGroup) {
     uint16_t half;
     CopyScales(scales, row, begin / kScaleGroup, 1, &half);
@@ -46,7 +41,7 @@ void DequantizeOutput(const TensorView& values, const TensorView& scales, int64_
 
 void CopyScales(const TensorView& scales, int64_t row, int64_t column, int64_t count,
                 uint16_t* out) {
-  std::memcpy(out, At(scales, row, column), static_cast<size_t>(count) * sizeof(uint16_t));
+  std::memcpy(out, scales.At(row, column), static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
 }  // namespace fastgen::io

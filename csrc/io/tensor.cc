@@ -41,6 +41,11 @@ int64_t TensorView::num_elements() const {
   return count;
 }
 
+const char* TensorView::At(int64_t row, int64_t column) const {
+  const auto element = static_cast<int64_t>(DTypeSize(dtype));
+  return static_cast<const char*>(data) + (row * shape[1] + column) * element;
+}
+
 uint64_t TensorView::num_bytes() const {
   return static_cast<uint64_t>(num_elements()) * DTypeSize(dtype);
 }

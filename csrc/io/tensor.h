@@ -29,6 +29,8 @@ struct TensorView {
   std::string stored_type;  // the file's own word for the type, when it is no float
 
   int64_t num_elements() const;
+  // Where an element of a tensor of two dimensions lies.
+  const char* At(int64_t row, int64_t column) const;
   uint64_t num_bytes() const;
   // "[768, 2304]", for messages.
   std::string ShapeText() const;

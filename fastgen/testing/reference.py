@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["gpt2_logits", "greedy_search", "normalised_error"]
+__all__ = ["gpt2_logits", "greedy_search", "normalised_error", "to_bfloat16"]
 
 
 def gpt2_logits(
@@ -76,6 +76,14 @@ def normalised_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Mean squared error over the variance of what is expected."""
     expected = np.asarray(expected, dtype=np.float64)
     return float(np.mean((actual - expected) ** 2) / np.var(expected))
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16, ties to even; finite numbers, any shape."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    rounded: np.ndarray = bits.view(np.float32)
+    return rounded
 
 
 def _get(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:

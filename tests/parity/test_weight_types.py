@@ -21,6 +21,7 @@ from fastgen.testing.models import Tensors
 from fastgen.testing.paddlenlp import PaddleNLPReference
 from fastgen.testing.parity import resolve
 from fastgen.testing.profiles import share
+from fastgen.testing.reference import to_bfloat16
 
 ISAS = [name for name, supported in _capi.isas() if supported]
 PAIRS = "avx512_bf16"  # the kernel set that multiplies pairs of bfloat16
@@ -32,9 +33,7 @@ def rounded(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float
     """To the nearest number of the type, ties to even."""
     if dtype == "float16":
         return values.astype(np.float16).astype(np.float32)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32)
+    return to_bfloat16(values)
 
 
 def rounded_matrices(tensors: Tensors, dtype: str) -> Tensors:

@@ -16,7 +16,7 @@ from fastgen.testing.models import (
     huggingface_tensors,
     make_tensors,
 )
-from fastgen.testing.reference import gpt2_logits, normalised_error
+from fastgen.testing.reference import gpt2_logits, normalised_error, to_bfloat16
 
 ISAS = [name for name, supported in _capi.isas() if supported]
 # Normalised mean squared error of logits, of the design.
@@ -84,9 +84,7 @@ def rounded_rows(x: npt.NDArray[np.float64], dtype: str, isa: str) -> npt.NDArra
         steps = np.rint(groups * inverse).astype(np.float64) * (most / np.float32(127))
         return steps.reshape(padded.shape)[:, : x.shape[1]]
     if dtype == "bfloat16" and isa == "avx512_bf16":
-        bits = values.view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).astype(np.float64)
+        return to_bfloat16(values).astype(np.float64)
     return x
 
 
