@@ -192,6 +192,8 @@ def compare(case: Case, token: int, score: float) -> bool:
             logits={step: processed},
             kept={step: filter_probs(probs, options.top_k, options.top_p)},
             sequence=case.sequence,
+            prompt=case.history[: case.prompt_length],
+            tokens=case.history[case.prompt_length :],
         )
         margin = margin_at(reference, step, options, case.seed)
         assert margin.value < MARGIN / 10, f"{where}: {margin}"
