@@ -49,6 +49,9 @@ function(fastgen_add_cuda)
                CUDA_VISIBILITY_PRESET hidden
                POSITION_INDEPENDENT_CODE ON)
   target_include_directories(fastgen_cuda_kernels PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+  if(FASTGEN_CUDA_STAMPS)
+    target_compile_definitions(fastgen_cuda_kernels PRIVATE FASTGEN_CUDA_STAMPS=1)
+  endif()
 
   add_library(fastgen_cuda SHARED ${host} $<TARGET_OBJECTS:fastgen_cuda_kernels>)
   target_include_directories(

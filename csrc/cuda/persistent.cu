@@ -30,7 +30,7 @@ __device__ __forceinline__ void CutRow(RowState* row) {
 }
 
 // What the block has to know of the step, read by its first warps.
-template <int kRows>
+template <typename W, int kRows>
 __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared) {
   const int i = threadIdx.x;
   if (i < kRows) {
@@ -58,6 +58,8 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
     work.row_pieces = product.in / 4;
     work.source = plan.exchange + product.source;
     work.gamma = product.norm_weight;
+    work.pitch = PitchOf<W>(product);
+    work.scale_pitch = ScalePitchOf<W>(product);
     shared.work[i - 64] = work;
   }
 }
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
-      BarrierInit(shared.full + s, 1);
+      BarrierInit(shared.full + s, Threads<kRows>::kStreamers / 32);
       BarrierInit(shared.empty + s, kWarps);
     }
     BarrierInit(shared.finished, kFinisherWarps);
@@ -133,13 +135,13 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   }
   if (plan.clear > 0) FenceForBulk();
   __syncthreads();
-  if (warp == kWarps + kFinisherWarps) {
-    Streamer<W, kRows>(plan, shared, ring).Run();
+  if (warp >= kWarps + kFinisherWarps) {
+    Streamer<W, kRows>(plan, shared, ring, warp - kWarps - kFinisherWarps).Run();
     return;
   }
   WaitForGrid();
-  ReadStep(plan, shared);
-  WaitAt<kThreads - 32>(kReaders);
+  ReadStep<W>(plan, shared);
+  WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
   ArriveAt<kThreads>(kStarted);
   const uint32_t active = ActiveRows(shared);
   if (active == 0) return;
@@ -166,6 +168,8 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
       const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer);
       if (phase == kAttention) {
         WorkOnAttention<W>(self, first_key, layer);
+      } else if (phase == kOut && plan.hidden <= kChunk) {
+        WorkOnProduct<W, kRows, false, true>(self, phase, layer, epoch + 1u);
       } else if (phase == kOut || phase == kDown) {
         WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
       } else {
@@ -293,6 +297,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   if (args.rows < 1 || args.rows > kPersistentRows || h <= 0 || args.layers <= 0) return false;
   if (args.dtype == DType::kFloat32) return false;
+  if (args.stamps != nullptr && FASTGEN_CUDA_STAMPS == 0) return false;
   const DType cache = args.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
   if (args.cache.dtype != cache || args.heads <= 0 || h % args.heads != 0) return false;
   const int32_t head_size = h / args.heads;
@@ -334,6 +339,12 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   plan->stages = left / StageBytes(args.dtype);
   if (plan->stages > kMaxStages) plan->stages = kMaxStages;
   if (plan->stages < kRound) return false;
+  int32_t layer_stages = 0;  // of the block that has most
+  for (const Phase phase : {kQkv, kOut, kIn, kDown}) {
+    const Product& p = plan->products[phase];
+    layer_stages += (p.tiles_each + (p.tiles_left > 0 ? 1 : 0)) * p.chunks;
+  }
+  plan->hurry = layer_stages > plan->stages ? 1 : 0;
   if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);
 
   plan->layer_bytes = args.layer_bytes;

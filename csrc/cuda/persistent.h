@@ -45,7 +45,8 @@ struct PersistentArgs {
   // it is marked with the epoch it belongs to, which the steps themselves count: after
   // PersistentStepsBetweenZeros() steps it has to be zeroed again.
   void* exchange = nullptr;
-  // Where not null, clocks of what happens: see StampIndex.
+  // Where not null, clocks of what happens: see StampIndex. Built without FASTGEN_CUDA_STAMPS, steps that
+  // ask for them are not supported.
   int64_t* stamps = nullptr;
   // As for Linear in kernels.h: the step starts to read weights before the kernel before has ended.
   bool overlap = false;
@@ -53,11 +54,12 @@ struct PersistentArgs {
 
 // Moments of a block's phase, in the order of StampIndex.
 enum class Stamp : int32_t {
-  kBegin,    // of the phase
-  kWeights,  // the first weights (attention: keys and values) are in registers
-  kInputs,   // what other blocks computed has arrived
-  kSums,     // the products are summed up over the block
-  kEnd,      // the outputs are written
+  kBegin,     // of the phase
+  kWeights,   // the first weights (attention: keys and values) are in registers
+  kInputs,    // what other blocks computed has arrived
+  kProducts,  // the warp's sums (attention: results) are written
+  kSums,      // those of the block are added up
+  kEnd,       // the outputs are written
   kCount,
 };
 

@@ -121,28 +121,12 @@ __device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit&
 
 // Eight numbers as the cache holds them: finite ones stay finite.
 template <typename T>
-__device__ __forceinline__ uint32_t CachePair(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t CachePair<__half>(float low, float high) {
-  return RoundPair<__half>(SaturateHalf(low), SaturateHalf(high));
-}
-
-template <>
-__device__ __forceinline__ uint32_t CachePair<BFloat16>(float low, float high) {
-  constexpr float kMost = 3.3895313892515355e38f;
-  low = low > kMost ? kMost : low < -kMost ? -kMost : low;
-  high = high > kMost ? kMost : high < -kMost ? -kMost : high;
-  return RoundPair<BFloat16>(low, high);
-}
-
-template <typename T>
 __device__ __forceinline__ uint4 CacheEight(const uint4& first, const uint4& second) {
   float x[8];
   UnpackPiece(first, x);
   UnpackPiece(second, x + 4);
-  return make_uint4(CachePair<T>(x[0], x[1]), CachePair<T>(x[2], x[3]), CachePair<T>(x[4], x[5]),
-                    CachePair<T>(x[6], x[7]));
+  return make_uint4(RoundPairFinite<T>(x[0], x[1]), RoundPairFinite<T>(x[2], x[3]),
+                    RoundPairFinite<T>(x[4], x[5]), RoundPairFinite<T>(x[6], x[7]));
 }
 
 // Writes 8 numbers of the newest position's keys and values to the cache.
@@ -184,10 +168,10 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
   uint4 k[kLoads], v[kLoads];
   LoadRound<R>(self, unit, first, keys, k);
   LoadRound<R>(self, unit, first, keys == nullptr ? nullptr : keys + ToValues(plan.cache), v);
-  self.StampNow(kAttention, layer, Stamp::kWeights);
+  self.StampNow(kAttention, layer, Stamp::kWeights, __uint_as_float(k[0].x));
 
   WaitForPieces(pieces, at, epoch);
-  self.StampNow(kAttention, layer, Stamp::kInputs);
+  self.StampNow(kAttention, layer, Stamp::kInputs, __uint_as_float(pieces[0].x));
   float q[8];
   UnpackPiece(pieces[0], q);
   UnpackPiece(pieces[1], q + 4);
@@ -282,6 +266,7 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
   if (self.lane == 0) {
     self.shared.attention_stats[self.buffer][self.warp] = make_float2(max, sum);
   }
+  self.StampNow(kAttention, layer, Stamp::kProducts, sum);
   self.PassBuffer();
   // Nobody reads them before the next step.
   if (holds) StoreNewest(self, unit, layer, dim, new_k, new_v);
@@ -297,42 +282,43 @@ __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit
   uint4* const to = plan.exchange + plan.products[kOut].source +
                     ((split + unit.row) * plan.hidden + unit.head * plan.head_size) / 4;
   self.PassBuffer();
-  self.StampNow(kAttention, layer, Stamp::kSums);
-  float weights[kWarps];
-  float max = -Infinity(), sum = 0.0f;
+  float maxima[kWarps], sums[kWarps];
+  const float4* const stats =
+      reinterpret_cast<const float4*>(self.shared.attention_stats[self.buffer]);
+#pragma unroll
+  for (int pair = 0; pair < kWarps / 2; ++pair) {
+    const float4 both = stats[pair];
+    maxima[2 * pair] = both.x, sums[2 * pair] = both.y;
+    maxima[2 * pair + 1] = both.z, sums[2 * pair + 1] = both.w;
+  }
+  static_assert(kWarps == 8, "four pairs of warps");
+  const float max = fmaxf(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])),
+                          fmaxf(fmaxf(maxima[4], maxima[5]), fmaxf(maxima[6], maxima[7])));
+  float sum = 0.0f;
+  // A lane has four numbers of the result; there are at most 128.
+  const int d = self.thread * 4;
+  float x[4] = {};
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    const float2 stats = self.shared.attention_stats[self.buffer][w];
-    weights[w] = stats.x;
-    max = fmaxf(max, stats.x);
+    const float weight = Exp2(maxima[w] - max);
+    sum = fmaf(weight, sums[w], sum);
+    if (d >= plan.head_size) continue;
+    const float4 part = *reinterpret_cast<const float4*>(self.shared.attended[self.buffer][w] + d);
+    x[0] = fmaf(weight, part.x, x[0]);
+    x[1] = fmaf(weight, part.y, x[1]);
+    x[2] = fmaf(weight, part.z, x[2]);
+    x[3] = fmaf(weight, part.w, x[3]);
   }
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    weights[w] = Exp2(weights[w] - max);
-    sum = fmaf(weights[w], self.shared.attention_stats[self.buffer][w].y, sum);
-  }
-  const float each = alone ? __fdividef(1.0f, sum) : 1.0f;
-  constexpr int kDims = kMaxHeadSize / Threads<kRows>::kFinishers;  // of a thread, at most
-  float x[kDims];
-#pragma unroll
-  for (int i = 0; i < kDims; ++i) {
-    const int d = self.thread + i * Threads<kRows>::kFinishers;
-    x[i] = 0.0f;
-    if (d - self.lane >= plan.head_size) continue;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      x[i] = fmaf(weights[w], self.shared.attended[self.buffer][w][d], x[i]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kDims; ++i) {
-    const int d = self.thread + i * Threads<kRows>::kFinishers;
-    if (d - self.lane >= plan.head_size) continue;
-    const bool shall = d < plan.head_size && d % 4 == 0;
+  self.StampNow(kAttention, layer, Stamp::kSums, x[0]);
+  if (d < plan.head_size) {
     if (alone) {
-      PublishStaged<W>(to + d / 4, x[i] * each, epoch, shall);
+      using T = typename W::Element;
+      const float each = __fdividef(1.0f / W::kUnit, sum);
+      StoreWhole(to + self.thread,
+                 make_uint4(RoundPairFinite<T>(x[0] * each, x[1] * each),
+                            RoundPairFinite<T>(x[2] * each, x[3] * each), 0, epoch));
     } else {
-      Publish(to + d / 4, x[i], epoch, shall);
+      StoreWhole(to + self.thread, PackPiece(x[0], x[1], x[2], x[3], epoch));
     }
   }
   if (!alone && self.thread == 0) {

@@ -15,7 +15,7 @@
 // who read X of layer l have done so. A block without outputs in a phase reads nothing in it. Between
 // steps lies the end of the kernel.
 //
-// What costs time is the way from inputs to outputs, so a block has three kinds of warps. One streams
+// What costs time is the way from inputs to outputs, so a block has three kinds of warps. Two stream
 // weights. The workers take them into registers, wait for inputs, multiply, and go on to the next
 // phase at once. The finishers add up what the workers have, finish the outputs and publish them while
 // the workers prepare for the next inputs.
@@ -32,6 +32,10 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
+#ifndef FASTGEN_CUDA_STAMPS
+#define FASTGEN_CUDA_STAMPS 0
+#endif
+
 constexpr int kWarps = 8;  // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kTile = 8;                // outputs of a tile
@@ -47,7 +51,8 @@ template <int kRows>
 struct Threads {
   static constexpr int kFinishers = kRows == 1 ? 32 : 64;
   static constexpr int kOutputs = kTile * kRound * kRows / kFinishers;  // of a group, by finisher
-  static constexpr int kCount = kWorkers + kFinishers + 32;
+  static constexpr int kStreamers = 64;
+  static constexpr int kCount = kWorkers + kFinishers + kStreamers;
 };
 
 enum Phase : int32_t { kQkv, kAttention, kOut, kIn, kDown, kHead, kPhases };
@@ -75,14 +80,27 @@ struct Int4 {
   static constexpr float kUnit = 16.0f;
 };
 
-// A stage: kTile rows of weights. Neighbouring rows start 64 bytes apart among the banks, and that is
-// the place of the scales.
+// A stage: kTile rows of weights in two halves, each without gaps, so that a copy takes all of it where
+// rows are whole; the bulk engine takes about 50 cycles for a copy, however short. Lanes that read at
+// once have a row of each half, and these start 64 bytes apart among the banks. Scales follow.
 template <typename W>
 struct Stage {
-  static constexpr int kWeightBytes = kChunk * W::kBits / 8;
-  static constexpr int kRowBytes = kWeightBytes + 64;
-  static constexpr int kBytes = kTile * kRowBytes;
+  static constexpr int kWeightBytes = kChunk * W::kBits / 8;  // of a row, at most
+  static constexpr int kScaleBytes = W::kScales > 0 ? kChunk / kGroup * 2 : 0;
+  static constexpr int kGap = 64;
+  static constexpr int kScalesAt = kTile * kWeightBytes + 2 * kGap;
+  static constexpr int kBytes = kScalesAt + kTile * kScaleBytes;
 };
+
+// Where a row of a stage begins, rows being `pitch` bytes long.
+__device__ __forceinline__ int RowAt(int row, int pitch) {
+  return row * pitch + (row >= kTile / 2 ? Stage<Half>::kGap : 0);
+}
+
+// The output of a tile that four lanes hold, group `group` of the warp.
+__device__ __forceinline__ int OutputOfGroup(int group) {
+  return group % 2 * (kTile / 2) + group / 2;
+}
 
 // What a lane holds of a stage.
 template <typename W>
@@ -121,7 +139,10 @@ struct Plan {
   uint4* exchange;
   uint32_t* state;  // epochs so far; blocks that are done
   int32_t stages;   // of the ring of weights
-  int32_t lines;    // of activations, that a warp has for each row
+  // Whether it holds less than a layer, so that all that waits for weights waits for their stream. Where
+  // it holds one, weights need not come as fast as they can: that would hold up the exchange.
+  int32_t hurry;
+  int32_t lines;  // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero
   Matrix embedding;
   const float* positions;
@@ -152,7 +173,8 @@ struct Partial {
 struct alignas(16) Work {
   int32_t tiles, chunks, in, row_pieces;
   const uint4* source;
-  const float* gamma;  // of the first layer
+  const float* gamma;          // of the first layer
+  int32_t pitch, scale_pitch;  // bytes from row to row in a stage
 };
 
 // Shared memory besides activations and the ring, which follow. There are two buffers of what workers
@@ -160,16 +182,15 @@ struct alignas(16) Work {
 template <int kRows>
 struct alignas(128) Shared {
   float partial[2][kRound * kRows * kTile][Partial<kRows>::kStride];
-  float4 norm[2][kRows][kWarps / 2];  // sum and sum of squares of two warps
-  float shift[2][4];                  // what the norm's sums are distances from, by row
+  float4 norm[2][kRows][kWarps / 2];  // of two warps: StoreNorm's sum and squared distances
   float attended[2][kWarps][kMaxHeadSize];
-  float2 attention_stats[2][kWarps];  // maximum and sum
+  alignas(16) float2 attention_stats[2][kWarps];  // maximum and sum
   Work work[kPhases];
   // Batches of stages: how many workers take at once.
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  uint64_t finished[2];  // the buffer may be written again
-  uint8_t batch_of[kMaxStages];
+  uint64_t finished[2];                                           // the buffer may be written again
+  uint8_t batch_of[Threads<kRows>::kStreamers / 32][kMaxStages];  // what each streaming warp knows
   RowState rows[kRows];
   uint32_t epoch;
 };
@@ -302,12 +323,16 @@ struct Thread {
 
   __device__ __forceinline__ bool Active(int row) const { return (active >> row & 1u) != 0; }
 
-  __device__ __forceinline__ void StampNow(int phase, int layer, Stamp stamp) const {
+  // Once `value` is there.
+  __device__ __forceinline__ void StampNow(int phase, int layer, Stamp stamp,
+                                           float value = 0.0f) const {
+#if FASTGEN_CUDA_STAMPS
     if (plan.stamps == nullptr || thread != 0) return;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * (5 * plan.layers + 1) +
                           (phase == kHead ? 5 * plan.layers : 5 * layer + phase);
     plan.stamps[index * static_cast<int64_t>(Stamp::kCount) + static_cast<int64_t>(stamp)] =
-        Clock();
+        ClockAfter(value);
+#endif
   }
 
   // Hides from the compiler who the thread is, so that it does not keep what follows from it in

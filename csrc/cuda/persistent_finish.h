@@ -59,6 +59,7 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
   const int64_t behind = head ? 0 : layer * plan.layer_bytes;
   const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
   NormResult norm = {0.0f, 1.0f};
+  const NormOfWarps norm_of_warps(product.in);
 #pragma unroll 1
   for (int group = 0; group < tiles; group += kRound) {
     const int group_tiles = min(kRound, tiles - group);
@@ -72,18 +73,17 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
       if (kNormed) column_sum[i] = LoadNow(Behind(product.sums, behind) + output.n);
     }
     self.PassBuffer();
-    if (group == 0) self.StampNow(phase, layer, Stamp::kSums);
     float sums[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
       const int at = self.thread + i * Threads<kRows>::kFinishers;
       sums[i] = SumOfParts<kRows>(self.shared.partial[self.buffer][at]);
     }
+    if (group == 0) self.StampNow(phase, layer, Stamp::kSums, sums[0]);
     // All outputs of a thread are of one row.
     static_assert(Threads<kRows>::kFinishers % (kTile * kRows) == 0, "whole tiles");
     if (kNormed && group == 0) {
-      norm =
-          CombineNorm(self.shared, self.buffer, self.thread / kTile % kRows, product.in, plan.eps);
+      norm = norm_of_warps.Combine(self.shared, self.buffer, self.thread / kTile % kRows, plan.eps);
     }
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {

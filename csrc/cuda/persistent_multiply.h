@@ -176,27 +176,29 @@ __device__ __forceinline__ float2 MultiplyTwo(const Held<W>& first, const Held<W
 
 // The warp's part of the next batch of the ring, `count` stages.
 template <typename W, int kRows, int kHeld>
-__device__ __forceinline__ void TakeWeights(Thread<kRows>& self, int count,
+__device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& work, int count,
                                             Held<W> (&held)[kHeld]) {
   BarrierWait(self.shared.full + self.batch, self.batch_parity);
-  const char* const ring = self.ring + self.lane / 4 * Stage<W>::kRowBytes;
+  const int output = OutputOfGroup(self.lane / 4);
+  const int at_weights =
+      RowAt(output, work.pitch) + self.warp * (kSpan * W::kBits / 8) + self.lane % 4 * 16;
+  const int at_scales =
+      Stage<W>::kScalesAt + output * work.scale_pitch + self.warp * (kSpan / kGroup) * 2;
   int stage = self.stage;
   // Stages behind the batch are read as well, whatever is there: it costs less than not to.
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     if (j == count) self.stage = stage;
-    const char* const row = ring + stage * Stage<W>::kBytes;
-    const char* const at = row + self.warp * (kSpan * W::kBits / 8) + self.lane % 4 * 16;
+    const char* const from = self.ring + stage * Stage<W>::kBytes;
 #pragma unroll
     for (int i = 0; i < W::kLoads; ++i) {
-      held[j].weights[i] = *reinterpret_cast<const uint4*>(at + i * 64);
+      held[j].weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + i * 64);
     }
 #pragma unroll
     for (int i = 0; i < W::kScales; ++i) {
       // A group of 32 columns each: two of a load's 64, or one of a lane's 32.
       const int group = W::kBits == 8 ? i * 2 + self.lane % 4 / 2 : self.lane % 4;
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(
-          row + Stage<W>::kWeightBytes + (self.warp * (kSpan / kGroup) + group) * 2);
+      const uint32_t scale = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
       held[j].scales[i] = scale | scale << 16;
     }
     if (++stage == self.plan.stages) stage = 0;

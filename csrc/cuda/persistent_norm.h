@@ -10,21 +10,29 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Sums of a norm over the columns that a lane has seen, of each row: of the distances from the mean of
-// the row's first four numbers and of their squares. The variance is at least (that mean's distance
-// from the row's)^2 * 4 / columns, so little is lost to cancellation.
+// Columns of a row that a warp sees.
+__device__ __forceinline__ float ColumnsOfWarp(int in, int warp) {
+  const int whole = in / kChunk;
+  const int rest = in - whole * kChunk - warp * kSpan;
+  return static_cast<float>(whole * kSpan + max(0, min(rest, kSpan)));
+}
+
+__device__ __forceinline__ float InverseOrZero(float n) {
+  return n > 0.0f ? __fdividef(1.0f, n) : 0.0f;
+}
+
+// Sums of a norm over the columns that a lane has seen, of each row: of the distances from a number
+// near them, the mean of the warp's first four, and of their squares.
 template <int kRows>
 struct NormSums {
   float shift[kRows];
   float sums[2 * kRows];  // sums, then sums of squares
 
-  // Lane r has the shift of row r.
-  __device__ __forceinline__ void Begin(float its_shift) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      shift[r] = __shfl_sync(0xffffffffu, its_shift, r);
-      sums[r] = sums[kRows + r] = 0.0f;
-    }
+  // `four` are lane 0's of the row.
+  __device__ __forceinline__ void Begin(int row, const float (&four)[4]) {
+    const float mean = 0.25f * ((four[0] + four[1]) + (four[2] + four[3]));
+    shift[row] = __shfl_sync(0xffffffffu, mean, 0);
+    sums[row] = sums[kRows + row] = 0.0f;
   }
 
   __device__ __forceinline__ void Add(int row, const float (&x)[4], bool own) {
@@ -37,11 +45,13 @@ struct NormSums {
   }
 };
 
-// Adds up the lanes and writes what the warp has seen. Each exchange halves the numbers that a lane
-// holds, until it has one.
+// Adds up the lanes and writes, of the columns that the warp has seen, their sum and the sum of their
+// squared distances from their mean. Each exchange halves the numbers that a lane holds, until it has
+// one.
 template <int kRows>
-__device__ __forceinline__ void StoreNorm(Thread<kRows>& self, NormSums<kRows>& norm) {
+__device__ __forceinline__ void StoreNorm(Thread<kRows>& self, int in, NormSums<kRows>& norm) {
   constexpr int kCount = 2 * kRows;
+  const float columns = ColumnsOfWarp(in, self.warp);
   int left = kCount;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -60,16 +70,17 @@ __device__ __forceinline__ void StoreNorm(Thread<kRows>& self, NormSums<kRows>& 
     }
   }
   constexpr int kLanes = 32 / kCount;  // that hold the same number
-  if (self.lane % kLanes == 0) {
-    const int i = self.lane / kLanes;
-    float* const to = reinterpret_cast<float*>(self.shared.norm[self.buffer][i % kRows]);
-    to[self.warp * 2 + i / kRows] = norm.sums[0];
-  }
-  if (self.thread < kRows) {
+  const bool squares = self.lane >= 16;
+  const int row = self.lane % 16 / kLanes;
+  const float sum = __shfl_xor_sync(0xffffffffu, norm.sums[0], 16);  // where this is of squares
+  float shift = norm.shift[0];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r == self.thread) self.shared.shift[self.buffer][r] = norm.shift[r];
-    }
+  for (int r = 1; r < kRows; ++r) shift = row == r ? norm.shift[r] : shift;
+  const float result = squares ? fmaxf(fmaf(-sum * InverseOrZero(columns), sum, norm.sums[0]), 0.0f)
+                               : fmaf(columns, shift, norm.sums[0]);
+  if (self.lane % kLanes == 0) {
+    float* const to = reinterpret_cast<float*>(self.shared.norm[self.buffer][row]);
+    to[self.warp * 2 + (squares ? 1 : 0)] = result;
   }
 }
 
@@ -77,24 +88,47 @@ struct NormResult {
   float mean, scale;
 };
 
-// What all warps saw of a row, put together.
-template <int kRows>
-__device__ __forceinline__ NormResult CombineNorm(const Shared<kRows>& shared, int buffer, int row,
-                                                  int columns, float eps) {
-  const float each = __fdividef(1.0f, static_cast<float>(columns));
-  float sum[2], squares[2];
+// Puts together what all warps saw of rows of `columns`.
+class NormOfWarps {
+ public:
+  __device__ __forceinline__ explicit NormOfWarps(int columns)
+      : each_(__fdividef(1.0f, static_cast<float>(columns))) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 a = shared.norm[buffer][row][half * 2];
-    const float4 b = shared.norm[buffer][row][half * 2 + 1];
-    sum[half] = (a.x + a.z) + (b.x + b.z);
-    squares[half] = (a.y + a.w) + (b.y + b.w);
+    for (int w = 0; w < kWarps; ++w) {
+      columns_[w] = ColumnsOfWarp(columns, w);
+      inverse_[w] = InverseOrZero(columns_[w]);
+    }
   }
-  static_assert(kWarps == 8, "four pairs of warps");
-  const float away = (sum[0] + sum[1]) * each;
-  const float variance = fmaxf(fmaf(-away, away, (squares[0] + squares[1]) * each), 0.0f);
-  return NormResult{shared.shift[buffer][row] + away, rsqrtf(variance + eps)};
-}
+
+  template <int kRows>
+  __device__ __forceinline__ NormResult Combine(const Shared<kRows>& shared, int buffer, int row,
+                                                float eps) const {
+    static_assert(kWarps == 8, "four pairs of warps");
+    float sums[kWarps], squares[kWarps];
+#pragma unroll
+    for (int pair = 0; pair < kWarps / 2; ++pair) {
+      const float4 both = shared.norm[buffer][row][pair];
+      sums[2 * pair] = both.x, squares[2 * pair] = both.y;
+      sums[2 * pair + 1] = both.z, squares[2 * pair + 1] = both.w;
+    }
+    const float mean = (((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+                        ((sums[4] + sums[5]) + (sums[6] + sums[7]))) *
+                       each_;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float away = fmaf(-columns_[w], mean, sums[w]);
+      squares[w] = fmaf(away * inverse_[w], away, squares[w]);
+    }
+    const float variance = (((squares[0] + squares[1]) + (squares[2] + squares[3])) +
+                            ((squares[4] + squares[5]) + (squares[6] + squares[7]))) *
+                           each_;
+    return NormResult{mean, rsqrtf(variance + eps)};
+  }
+
+ private:
+  float each_;
+  float columns_[kWarps], inverse_[kWarps];
+};
 
 }  // namespace persistent
 }  // namespace cuda

@@ -17,26 +17,41 @@ __device__ __forceinline__ uint32_t ActiveRows(const Shared<kRows>& shared) {
   return active;
 }
 
-// The warp that streams weights, in the order in which workers take them, an output of a stage by a
-// lane. It fills the ring before it knows whether there is anything to do.
+// Bytes from row to row in a stage: whole rows lie as they do in the matrix.
+template <typename W>
+__device__ __forceinline__ int PitchOf(const Product& product) {
+  return product.chunks == 1 ? static_cast<int>(product.row_bytes) : Stage<W>::kWeightBytes;
+}
+template <typename W>
+__device__ __forceinline__ int ScalePitchOf(const Product& product) {
+  return product.chunks == 1 ? static_cast<int>(product.scale_bytes) : Stage<W>::kScaleBytes;
+}
+
+// One of the warps that stream weights, in the order in which workers take them. All go through all
+// stages; each copies its own. They fill the ring before they know whether there is anything to do.
 template <typename W, int kRows>
 class Streamer {
+  static constexpr int kWarpsHere = Threads<kRows>::kStreamers / 32;
+
  public:
-  __device__ __forceinline__ Streamer(const Plan& plan, Shared<kRows>& shared, char* ring)
+  __device__ __forceinline__ Streamer(const Plan& plan, Shared<kRows>& shared, char* ring, int warp)
       : plan_(plan),
         shared_(shared),
         ring_(ring),
+        warp_(warp),
         lane_(threadIdx.x % 32),
-        output_(lane_ % kTile),
-        scales_(lane_ >= kTile),
         policy_(ReadOncePolicy()) {}
 
   __device__ __forceinline__ void Run() {
     int phase = kQkv, layer = 0;
 #pragma unroll 1
     for (;;) {
-      if (!Stream(plan_.products[phase], phase == kHead ? 0 : layer * plan_.layer_bytes)) return;
-      if (phase == kHead) break;
+      const bool head = phase == kHead;
+      if (!Stream(plan_.products[phase], head ? 0 : layer * plan_.layer_bytes,
+                  head || plan_.hurry != 0)) {
+        return;
+      }
+      if (head) break;
       phase = phase == kQkv ? kOut : phase + 1;
       if (phase == kHead && ++layer < plan_.layers) phase = kQkv;
     }
@@ -50,56 +65,40 @@ class Streamer {
     WaitAt<Threads<kRows>::kCount>(kStarted);
     if (ActiveRows(shared_) != 0) return true;
     // The block may not end before what it has asked for is there. A batch that is not whole yet lacks
-    // the announcement that ends it.
+    // the arrival that ends it.
     if (left_ > 0 && lane_ == 0) BarrierArrive(shared_.full + batch_);
     for (int i = 0; i < batch_ + (left_ > 0 ? 1 : 0); ++i) BarrierWait(shared_.full + i, 0);
     return false;
   }
 
-  __device__ __forceinline__ bool Stream(const Product& product, int64_t behind) {
+  // With `split` the warps take turns, else the first one does it alone.
+  __device__ __forceinline__ bool Stream(const Product& product, int64_t behind, bool split) {
     const int tiles = TilesOf(product);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = OutputOf(product, tile);
       const int outputs = min(kTile, product.out - first);
-      const char* from = scales_ ? product.scales + behind + (first + output_) * product.scale_bytes
-                                 : product.weights + behind + (first + output_) * product.row_bytes;
+      const char* const weights = product.weights + behind + first * product.row_bytes;
+      const char* const scales = product.scales + behind + first * product.scale_bytes;
       // Batches do not go beyond the end of a group of tiles.
       const int group_left = (min(kRound, tiles - tile / kRound * kRound) - tile % kRound);
 #pragma unroll 1
       for (int chunk = 0; chunk < product.chunks; ++chunk) {
         if (left_ == 0) left_ = min(product.round, group_left * product.chunks - chunk);
         if (taken_ == plan_.stages && !started_ && !Start()) return false;
-        if (taken_ < plan_.stages) {
-          ++taken_;
-        } else {
+        uint64_t* const full = shared_.full + batch_;
+        if (taken_ == plan_.stages) {
           // The batch that had the stage before.
-          const int before = shared_.batch_of[stage_];
+          const int before = shared_.batch_of[warp_][stage_];
           BarrierWait(shared_.empty + before, before < batch_ ? parity_ : parity_ ^ 1u);
         }
-        const int columns = min(kChunk, product.in - chunk * kChunk);
-        const uint32_t weight_bytes = static_cast<uint32_t>(columns) * W::kBits / 8;
-        // Up to a multiple of 16: rows of scales are that long.
-        const uint32_t scale_bytes =
-            W::kScales > 0 ? (static_cast<uint32_t>(columns) / kGroup * 2 + 15) / 16 * 16 : 0;
-        uint64_t* const full = shared_.full + batch_;
-        --left_;
-        if (lane_ == 0) {
-          shared_.batch_of[stage_] = static_cast<uint8_t>(batch_);
-          const uint32_t bytes = static_cast<uint32_t>(outputs) * (weight_bytes + scale_bytes);
-          if (left_ > 0) {
-            BarrierExpect(full, bytes);
-          } else {
-            BarrierArriveExpect(full, bytes);
-          }
-        }
+        if (lane_ == 0) shared_.batch_of[warp_][stage_] = static_cast<uint8_t>(batch_);
         __syncwarp();
-        char* const to = ring_ + stage_ * Stage<W>::kBytes + output_ * Stage<W>::kRowBytes;
-        if (output_ < outputs && lane_ < kTile) BulkCopy(to, from, weight_bytes, full, policy_);
-        if (W::kScales > 0 && output_ < outputs && lane_ >= kTile && lane_ < 2 * kTile) {
-          BulkCopy(to + Stage<W>::kWeightBytes, from, scale_bytes, full, policy_);
+        if ((split ? stage_ % kWarpsHere : 0) == warp_) {
+          Copy(product, outputs, chunk, weights, scales, full);
         }
-        from += scales_ ? kChunk / kGroup * 2 : kChunk * W::kBits / 8;
+        taken_ = min(taken_ + 1, plan_.stages);
+        if (--left_ == 0 && lane_ == 0) BarrierArrive(full);
         if (++stage_ == plan_.stages) stage_ = 0;
         if (left_ == 0 && ++batch_ == kMaxStages) {
           batch_ = 0;
@@ -110,11 +109,41 @@ class Streamer {
     return true;
   }
 
+  // Rows that are whole are copied by a lane for each half, else by one for each row; scales alike.
+  __device__ __forceinline__ void Copy(const Product& product, int outputs, int chunk,
+                                       const char* weights, const char* scales, uint64_t* full) {
+    const int columns = min(kChunk, product.in - chunk * kChunk);
+    const bool whole = product.chunks == 1;
+    const uint32_t row_bytes =
+        whole ? static_cast<uint32_t>(product.row_bytes) : columns * W::kBits / 8u;
+    // Up to a multiple of 16: rows of scales are that long.
+    const uint32_t row_scale_bytes = W::kScales == 0 ? 0u
+                                     : whole         ? static_cast<uint32_t>(product.scale_bytes)
+                                                     : (columns / kGroup * 2u + 15u) / 16u * 16u;
+    if (lane_ == 0) {
+      BarrierExpect(full, outputs * (row_bytes + row_scale_bytes));
+    }
+    __syncwarp();
+    char* const stage = ring_ + stage_ * Stage<W>::kBytes;
+    const int rows_of_lane = whole ? kTile / 2 : 1;
+    const int row = lane_ % kTile * rows_of_lane;
+    const int rows = min(rows_of_lane, outputs - row);
+    if (rows <= 0) return;
+    if (lane_ < kTile) {
+      BulkCopy(stage + RowAt(row, PitchOf<W>(product)),
+               weights + row * product.row_bytes + chunk * Stage<W>::kWeightBytes, rows * row_bytes,
+               full, policy_);
+    } else if (W::kScales > 0 && lane_ < 2 * kTile) {
+      BulkCopy(stage + Stage<W>::kScalesAt + row * ScalePitchOf<W>(product),
+               scales + row * product.scale_bytes + chunk * Stage<W>::kScaleBytes,
+               rows * row_scale_bytes, full, policy_);
+    }
+  }
+
   const Plan& plan_;
   Shared<kRows>& shared_;
   char* const ring_;
-  const int lane_, output_;
-  const bool scales_;  // lanes of the second eight copy them, where there are any
+  const int warp_, lane_;
   const uint64_t policy_;
   bool started_ = false;
   int taken_ = 0;  // stages that have been used, up to all of them

@@ -73,7 +73,7 @@ __host__ __device__ constexpr int ChunksAtOnce() {
 template <typename W, int kRows, bool kNormed, bool kOneChunk>
 class Inputs {
   static constexpr int kBatch = ChunksAtOnce<kRows, kNormed, kOneChunk>();
-  static constexpr int kPieces = kBatch * kRows + (kNormed ? 1 : 0);
+  static constexpr int kPieces = kBatch * kRows;
   static constexpr float kScale = 1.0f / W::kUnit;
 
  public:
@@ -85,15 +85,12 @@ class Inputs {
         from_(work.source),
         gamma_from_(kNormed ? Behind(work.gamma, behind) : nullptr) {}
 
-  // Asks for a batch of chunks, row by row; where there is a norm, then for a row's first piece by each
-  // lane.
+  // Asks for a batch of chunks, row by row.
   __device__ __forceinline__ void Ask(const Thread<kRows>& self, const Work& work) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const bool its_first = kNormed && i == kPieces - 1;
-      const int column = its_first ? 0 : (first_ + i / kRows) * kChunk + column_;
-      const int row = its_first ? self.lane % kRows : i % kRows;
-      pieces_[i] = AskForPiece(At(self, i), epoch_, self.Active(row) && column < work.in);
+      const int column = (first_ + i / kRows) * kChunk + column_;
+      pieces_[i] = AskForPiece(At(i), epoch_, self.Active(i % kRows) && column < work.in);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -106,24 +103,19 @@ class Inputs {
     }
   }
 
-  // Waits for all of them, and leaves the norm's sums of what the warp has seen.
-  __device__ __forceinline__ void Stage(Thread<kRows>& self, const Work& work) {
+  // Waits for all of them, and leaves the lane's sums for the norm.
+  __device__ __forceinline__ void Stage(Thread<kRows>& self, const Work& work,
+                                        NormSums<kRows>* norm, int phase, int layer) {
     const int place = StagedPlace<W>(self.lane);
-    NormSums<kRows> norm;
-    const auto at = [&](int i) { return At(self, i); };
+    const auto at = [&](int i) { return At(i); };
     __syncwarp();  // what is staged has been read by all lanes
 #pragma unroll 1
     for (;;) {
       WaitForPieces(pieces_, at, epoch_);
-      if (kNormed && (kOneChunk || first_ == 0)) {
-        float four[4];
-        UnpackPiece(pieces_[kPieces - 1], four);
-        // Any number near the row's others would do that all warps have.
-        norm.Begin(0.25f * ((four[0] + four[1]) + (four[2] + four[3])));
-      }
+      self.StampNow(phase, layer, Stamp::kInputs, __uint_as_float(pieces_[0].x));
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (!kOneChunk && first_ + j >= work.chunks) continue;
+        const bool there = kOneChunk || first_ + j < work.chunks;
         const bool own = (first_ + j) * kChunk + column_ < work.in;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -131,13 +123,14 @@ class Inputs {
           if (kNormed) {
             float x[4];
             UnpackPiece(piece, x);
-            norm.Add(r, x, own);
+            if (j == 0 && (kOneChunk || first_ == 0)) norm->Begin(r, x);
+            norm->Add(r, x, own);
             x[0] *= gamma_[j].x * kScale;
             x[1] *= gamma_[j].y * kScale;
             x[2] *= gamma_[j].z * kScale;
             x[3] *= gamma_[j].w * kScale;
-            StageFour<W>(self, first_ + j, r, place, x);
-          } else {
+            if (there) StageFour<W>(self, first_ + j, r, place, x);
+          } else if (there) {
             StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
           }
         }
@@ -148,12 +141,10 @@ class Inputs {
       Ask(self, work);
     }
     __syncwarp();
-    if (kNormed) StoreNorm(self, norm);
   }
 
  private:
-  __device__ __forceinline__ const uint4* At(const Thread<kRows>& self, int i) const {
-    if (kNormed && i == kPieces - 1) return from_ + self.lane % kRows * row_pieces_;
+  __device__ __forceinline__ const uint4* At(int i) const {
     return from_ + i % kRows * row_pieces_ + (column_ / 4 + (first_ + i / kRows) * (kChunk / 4));
   }
 
@@ -201,43 +192,54 @@ class Multiplication {
     total_ = 0.0f;
     const int row = RowOf(self) % kRows;
     const int part = kRows <= 2 ? self.warp * 2 + self.lane % 4 / 2 : self.warp;
-    to_ = self.shared.partial[self.buffer][row * kTile + self.lane / 4] + part;
+    to_ = self.shared.partial[self.buffer][row * kTile + OutputOfGroup(self.lane / 4)] + part;
   }
   __device__ __forceinline__ int Count() const { return min(kHeld, left_); }
   __device__ __forceinline__ bool Done() const { return left_ <= 0; }
 
+  // Without branches, so that the products of all stages are under way at once; what belongs to stages
+  // or columns that are not there is not kept.
   __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Work& work,
                                            const Held<W> (&held)[kHeld]) {
     const int lane = self.lane;
-    uint4 x[4];
+    float sums[kHeld];
     if (kOneChunk) {
+      uint4 x[4];
       ReadStaged<kNormed>(self, 0, x);
+      if (kRows <= 2) {
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kHeld; j += 2) {
+          const float2 two = MultiplyTwo<W>(held[j], held[j + 1 < kHeld ? j + 1 : j], x);
+          sums[j] = two.x;
+          sums[j + 1 < kHeld ? j + 1 : j] = two.y;
+        }
+      }
       // A warp without columns has zeros to give.
       const bool own = self.warp * kSpan < work.in;
 #pragma unroll
-      for (int j = 0; j < kHeld; j += kRows <= 2 ? 1 : 2) {
-        if (j >= left_) continue;
-        if (kRows <= 2) {
-          Store(self, own ? MultiplyOne<W, kRows>(held[j], x, lane) : 0.0f);
-        } else {
-          const float2 sums = MultiplyTwo<W>(held[j], held[j + 1 < kHeld ? j + 1 : j], x);
-          Store(self, own ? sums.x : 0.0f);
-          if (j + 1 < left_) Store(self, own ? sums.y : 0.0f);
-        }
-      }
+      for (int j = 0; j < kHeld; ++j) Store(self, j, own ? sums[j] : 0.0f, j < left_);
+      to_ += kHeld * kNext;
     } else {
+      int chunk = chunk_;
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
-        if (j >= left_) continue;
-        if (chunk_ * kChunk + self.warp * kSpan < work.in) {
-          ReadStaged<kNormed>(self, chunk_, x);
-          total_ += MultiplyOne<W, kRows>(held[j], x, lane);
-        }
-        if (++chunk_ == work.chunks) {
-          Store(self, total_);
-          total_ = 0.0f;
-          chunk_ = 0;
-        }
+        uint4 x[4];
+        ReadStaged<kNormed>(self, chunk, x);
+        sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
+        if (chunk * kChunk + self.warp * kSpan >= work.in) sums[j] = 0.0f;
+        chunk = chunk + 1 == work.chunks ? 0 : chunk + 1;
+      }
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        total_ += sums[j];
+        const bool last = chunk_ + 1 == work.chunks;
+        Store(self, 0, total_, last && j < left_);
+        if (last) to_ += kNext;
+        total_ = last ? 0.0f : total_;
+        chunk_ = last ? 0 : chunk_ + 1;
       }
     }
     left_ -= kHeld;
@@ -247,9 +249,9 @@ class Multiplication {
   static __device__ __forceinline__ int RowOf(const Thread<kRows>& self) {
     return kRows <= 2 ? self.lane % 2 : self.lane % 4;
   }
-  __device__ __forceinline__ void Store(const Thread<kRows>& self, float sum) {
-    if (RowOf(self) < kRows) *to_ = sum * W::kUnit;
-    to_ += kNext;
+  __device__ __forceinline__ void Store(const Thread<kRows>& self, int tile, float sum,
+                                        bool shall) {
+    if (shall && RowOf(self) < kRows) to_[tile * kNext] = sum * W::kUnit;
   }
 
   int left_;   // stages of the group
@@ -276,31 +278,35 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
       for (int r = 0; r < kRows; ++r) split = split || self.shared.rows[r].splits > 1;
     }
     Held<W> held[Multiplying::kHeld];
+    NormSums<kRows> norm;
     if (split) {
       StageSplits<W>(self, work, epoch);
       self.WaitForBuffer();
       multiplication.Begin(self, work, min(kRound, work.tiles));
-      TakeWeights<W>(self, multiplication.Count(), held);
+      TakeWeights<W>(self, work, multiplication.Count(), held);
     } else {
       Inputs<W, kRows, kNormed, kOneChunk> inputs(
           self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
-      inputs.Ask(self, work);
       self.WaitForBuffer();
       multiplication.Begin(self, work, min(kRound, work.tiles));
-      TakeWeights<W>(self, multiplication.Count(), held);
+      TakeWeights<W>(self, work, multiplication.Count(), held);
+      // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
+      inputs.Ask(self, work);
       self.StampNow(phase, layer, Stamp::kWeights);
       // From here on all others wait.
-      inputs.Stage(self, work);
+      inputs.Stage(self, work, &norm, phase, layer);
     }
-    self.StampNow(phase, layer, Stamp::kInputs);
     self.Forget();
     multiplication.Multiply(self, work, held);
+    self.StampNow(phase, layer, Stamp::kProducts);
+    // While the products are under way.
+    if (kNormed) StoreNorm(self, work.in, norm);
   }
 #pragma unroll 1
   for (int group = 0;;) {
     while (!multiplication.Done()) {
       Held<W> held[Multiplying::kHeld];
-      TakeWeights<W>(self, multiplication.Count(), held);
+      TakeWeights<W>(self, work, multiplication.Count(), held);
       multiplication.Multiply(self, work, held);
     }
     self.PassBuffer();

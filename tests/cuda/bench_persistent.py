@@ -1,6 +1,6 @@
 """Times decode steps as one kernel on random weights, and says where their time goes.
 
-python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile]
+python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile] [--stamps FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPES = {
 }
 VOCAB = 50257
 PHASES = ("qkv", "attention", "out", "ff in", "ff out")
-STAMPS = ("begin", "weights", "inputs", "sums", "end")
+STAMPS = ("begin", "weights", "inputs", "products", "sums", "end")
 
 
 class Steps:
@@ -192,8 +192,11 @@ class Steps:
                 cells.append(f"{np.median(gap):.0f}" if len(gap) else "")
             print(f"  {name:10}" + "".join(f"{cell:>10}" for cell in cells))
 
-    def profile(self) -> None:
-        """Clock cycles of the moments of every phase, over layers and blocks."""
+    def profile(self, save: str | None = None) -> None:
+        """Clock cycles of the moments of every phase, over layers and blocks; `save` gets them all.
+
+        The library has to be built with -DFASTGEN_CUDA_STAMPS=ON.
+        """
         phases = 5 * self.layers + 1
         stamps = self.tensor(torch.zeros(self.blocks, phases, len(STAMPS), dtype=torch.int64))
         for _ in range(3):
@@ -203,13 +206,15 @@ class Steps:
         torch.cuda.synchronize()
         self.args.stamps = None
         t = stamps.cpu().numpy().astype(np.float64)
+        if save:
+            np.save(save, stamps.cpu().numpy())
         print("  cycles from one moment to the next: min / median / max over blocks and layers")
         print(f"  {'phase':10}" + "".join(f"{name:>24}" for name in STAMPS[1:]) + f"{'blocks':>8}")
         middle = range(1, self.layers)  # the first layer waits for memory
         for i, name in enumerate((*PHASES, "head")):
             which = [5 * self.layers] if name == "head" else [5 * layer + i for layer in middle]
             part = t[:, which, :].reshape(-1, len(STAMPS))
-            part = part[part[:, 4] > 0]
+            part = part[part[:, -1] > 0]
             if len(part) == 0:
                 continue
             gaps = np.diff(part, axis=1)
@@ -225,7 +230,7 @@ class Steps:
         if self.layers > 2 and len(begins):
             layer = np.diff(begins[:, 1:], axis=1)
             print(f"  cycles per layer: {np.median(layer):.0f} (median), {layer.max():.0f} (max)")
-        outputs = t[:, -1, 4]
+        outputs = t[:, -1, -1]
         busy = outputs[outputs > 0] - t[outputs > 0, -1, 0]
         print(f"  cycles of the head: {np.median(busy):.0f} (median)")
 
@@ -237,6 +242,9 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4")
     parser.add_argument("--contexts", default="16,128,512,1024")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--stamps", help="write the last profile's [block, phase, stamp] here, .npy"
+    )
     options = parser.parse_args()
     library = ops.Library()
     for rows in map(int, options.rows.split(",")):
@@ -254,7 +262,7 @@ def main() -> None:
                 f"{total / us * 1e-6:.2f} TB/s"
             )
             if options.profile:
-                steps.profile()
+                steps.profile(options.stamps)
 
 
 if __name__ == "__main__":
