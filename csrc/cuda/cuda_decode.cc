@@ -23,6 +23,7 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
                            engine::DecodeResult* results, float* logits) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
+  uploads_.Send(device_slots_.as<Slot>(), stream_);
   std::vector<Row> unfed;
   size_t running = 0;
   for (size_t i = 0; i < count; ++i) {

@@ -36,7 +36,8 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
       hidden_stride_(RoundUp(config.hidden_size, 32)),
       qkv_stride_(RoundUp(int64_t{3} * config.hidden_size, 32)),
       wide_stride_(RoundUp(config.intermediate_size, 32)),
-      logits_stride_(RoundUp(config.vocab_size, 32)) {
+      logits_stride_(RoundUp(config.vocab_size, 32)),
+      uploads_(config.max_positions) {
   ChooseDevice(index_);
   Check(cudaGetDeviceProperties(&properties_, index_), "asking what the device is");
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
@@ -47,6 +48,8 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
                               config_.hidden_size / config_.num_heads);
     pages_ = std::make_unique<PagePool>(layout_);
     PreparePersistent();
+    Check(PrefillAttentionStores(activation_dtype_, layout_, &attention_stores_),
+          "asking what attention can do");
     if (const CublasLt* library = CublasLt::Open(nullptr)) {
       multiplier_ = std::make_unique<Multiplier>(*library, stream_);
     }
@@ -100,6 +103,7 @@ void CudaDevice::GrowSlots() {
           "copying the state of the sequences");
     Check(cudaStreamSynchronize(stream_), "copying the state of the sequences");
   }
+  uploads_.Grow(capacity);
   DropGraphs();
   device_slots_ = std::move(grown);
   slot_capacity_ = capacity;
@@ -113,13 +117,6 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   if (at == slot_capacity_) GrowSlots();
   if (at == slots_.size()) slots_.emplace_back();
   HostSlot& slot = slots_[at];
-  const size_t most_pages = static_cast<size_t>(RoundUp(config_.max_positions, kPage)) / kPage;
-  const size_t table_bytes = most_pages * sizeof(char*);
-  if (slot.state.size() == 0) {
-    slot.state = DeviceMemory(
-        table_bytes + (static_cast<size_t>(config_.max_positions) + 1) * sizeof(int32_t),
-        "the tokens of a sequence");
-  }
   // The last sampled token is never fed back, so it needs no place.
   const int64_t positions = int64_t{spec.prompt_length} + spec.sampling.max_length - 1;
   pages_->Take(static_cast<size_t>(RoundUp(positions, kPage)) / kPage, &slot.pages);
@@ -127,8 +124,6 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
     Slot state = {};
     state.length = spec.prompt_length;
     state.prompt_length = spec.prompt_length;
-    state.tokens = reinterpret_cast<int32_t*>(slot.state.as<>() + table_bytes);
-    state.pages = slot.state.as<char*>();
     const engine::SamplingParams& from = spec.sampling;
     SamplingParams& to = state.sampling;
     to.sample = from.sample ? 1 : 0;
@@ -144,15 +139,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
     to.forced_eos_token_id = from.forced_eos_token_id;
     to.sequence = from.sequence;
     to.seed = from.seed;
-    const auto copy = [&](void* device, const void* host, size_t bytes) {
-      Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
-            "copying a sequence to the device");
-    };
-    copy(slot.state.as<>(), slot.pages.data(), slot.pages.size() * sizeof(char*));
-    copy(state.tokens, spec.prompt, static_cast<size_t>(spec.prompt_length) * sizeof(int32_t));
-    copy(device_slots_.as<Slot>() + at, &state, sizeof state);
-    // The sources are the caller's and this function's.
-    Check(cudaStreamSynchronize(stream_), "copying a sequence to the device");
+    uploads_.Write(at, state, slot.pages, spec.prompt);
   } catch (...) {
     pages_->GiveBack(&slot.pages);
     throw;
@@ -170,6 +157,7 @@ void CudaDevice::Close(int32_t index) {
   HostSlot& slot = At(index);
   // Steps in flight may still write to the pages, before anything else in the stream does.
   ring_.Forget(index);
+  uploads_.Forget(static_cast<size_t>(index));
   pages_->GiveBack(&slot.pages);
   slot.open = false;
 }

@@ -13,6 +13,7 @@
 #include "cuda/decode_ring.h"
 #include "cuda/kernels.h"
 #include "cuda/persistent.h"
+#include "cuda/slot_uploads.h"
 #include "cuda/weights.h"
 #include "engine/device_plugin.h"
 
@@ -63,7 +64,6 @@ class CudaDevice {
     int32_t fed = 0;  // prompt tokens in the cache
     AheadResults ahead;
     std::vector<char*> pages;
-    DeviceMemory state;  // page table, then tokens
   };
   // float32 activations of a decode step, and of a prefill of few rows.
   struct LayerSpace {
@@ -111,6 +111,7 @@ class CudaDevice {
 
   // Prefill, in one of two ways: as decode steps multiply, or through cuBLASLt.
   void FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  bool IsLong(const Row& row) const;
   void FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted, bool many);
   void CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
                   size_t end);
@@ -142,6 +143,7 @@ class CudaDevice {
   std::vector<HostSlot> slots_;
   DeviceMemory device_slots_;
   size_t slot_capacity_ = 0;
+  SlotUploads uploads_;
 
   LayerSpace layer_space_;
   DecodeSpace decode_space_;
@@ -155,6 +157,7 @@ class CudaDevice {
   bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
   uint32_t persistent_steps_left_ = 0;              // before the exchange has to be zeroed
   DeviceMemory exchange_;
+  bool attention_stores_ = false;           // keys and values of a prefill through cuBLASLt
   std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
 };
 

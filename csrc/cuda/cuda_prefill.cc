@@ -1,6 +1,7 @@
 // Prompts into the cache, and logits of every position. A pass takes its rows through all layers; few
 // rows go through the kernels of decode steps, many through cuBLASLt.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "cuda/cuda_device.h"
@@ -29,16 +30,27 @@ std::vector<PrefillRun> RunsOf(const Row* rows, size_t count) {
 void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
-  std::vector<Row> rows;
-  std::vector<float*> wanted;  // where the logits of a row go, or null
+  uploads_.Send(device_slots_.as<Slot>(), stream_);
+  size_t num_rows = 0;
+  bool any_wanted = false;
   for (size_t c = 0; c < count; ++c) {
     const engine::PrefillChunk& chunk = chunks[c];
     const HostSlot& slot = At(chunk.slot);
     if (chunk.begin < 0 || chunk.count < 0 || chunk.begin + chunk.count > slot.prompt_length) {
       throw base::Error(FASTGEN_INTERNAL, "a prefill chunk lies outside its prompt");
     }
+    num_rows += static_cast<size_t>(chunk.count);
+    any_wanted = any_wanted || chunk.logits;
+  }
+  std::vector<Row> rows;
+  std::vector<float*> wanted;  // where the logits of a row go, or null
+  rows.reserve(num_rows);
+  if (any_wanted) wanted.reserve(num_rows);
+  for (size_t c = 0; c < count; ++c) {
+    const engine::PrefillChunk& chunk = chunks[c];
     for (int32_t i = 0; i < chunk.count; ++i) {
       rows.push_back({chunk.slot, chunk.begin + i});
+      if (!any_wanted) continue;
       wanted.push_back(chunk.logits ? chunk.logits + int64_t{i} * config_.vocab_size : nullptr);
     }
   }
@@ -46,22 +58,31 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
   for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = chunks[c].begin + chunks[c].count;
 }
 
-// `wanted` is empty where no logits are.
+// Which way a row goes depends on its own prompt alone, so that its bits do.
+bool CudaDevice::IsLong(const Row& row) const {
+  return multiplier_ && slots_[static_cast<size_t>(row.slot)].prompt_length > kShortPrompt;
+}
+
+// `wanted` is empty where no logits are. Only logits are waited for: whatever comes after the rows is
+// in the same stream.
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
   ReadSteps();
   listed_.clear();
-  // Which way a row goes depends on its own prompt alone, so that its bits do.
-  std::vector<Row> parts[2];
-  std::vector<float*> part_wanted[2];
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const HostSlot& slot = slots_[static_cast<size_t>(rows[i].slot)];
-    const size_t part = multiplier_ && slot.prompt_length > kShortPrompt ? 1 : 0;
-    parts[part].push_back(rows[i]);
-    if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+  const auto is_long = [this](const Row& row) { return IsLong(row); };
+  if (std::all_of(rows.begin(), rows.end(), is_long)) {
+    FeedPart(rows, wanted, true);
+  } else {
+    std::vector<Row> parts[2];
+    std::vector<float*> part_wanted[2];
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const size_t part = IsLong(rows[i]) ? 1 : 0;
+      parts[part].push_back(rows[i]);
+      if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+    }
+    FeedPart(parts[0], part_wanted[0], false);
+    FeedPart(parts[1], part_wanted[1], true);
   }
-  FeedPart(parts[0], part_wanted[0], false);
-  FeedPart(parts[1], part_wanted[1], true);
-  Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+  if (!wanted.empty()) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
 
 void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
@@ -217,6 +238,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     args.dtype = dtype;
     args.out = s.normed.as<>();
     args.ldo = hidden_stride_;
+    args.overlap = true;
     Check(LayerNorm(args, stream_), "launching a layer norm");
   };
   for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -225,19 +247,26 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     norm(layer.norm1);
     Multiply(layer.qkv, wide_bias ? layer.qkv.bias : layer.qkv_bias16, s.normed.as<>(),
              hidden_stride_, s.qkv.as<>(), qkv_stride_, dtype, rows, false, false);
-    QkvArgs qkv;
-    qkv.qkv = s.qkv.as<>();
-    qkv.ld = qkv_stride_;
-    qkv.dtype = dtype;
-    qkv.row_list = s.row_list.as<Row>();
-    qkv.slots = device_slots_.as<Slot>();
-    qkv.rows = rows;
-    qkv.cache = layout_;
-    qkv.layer = i;
-    Check(StoreQkv(qkv, stream_), "launching the store to the cache");
     PrefillAttentionArgs attention;
     attention.q = s.qkv.as<>();
     attention.ldq = qkv_stride_;
+    if (attention_stores_) {
+      const size_t width = Bytes(dtype, h);
+      attention.k = s.qkv.as<>() + width;
+      attention.v = s.qkv.as<>() + 2 * width;
+      attention.scale = 1.0f / std::sqrt(static_cast<float>(layout_.head_size));
+    } else {
+      QkvArgs qkv;
+      qkv.qkv = s.qkv.as<>();
+      qkv.ld = qkv_stride_;
+      qkv.dtype = dtype;
+      qkv.row_list = s.row_list.as<Row>();
+      qkv.slots = device_slots_.as<Slot>();
+      qkv.rows = rows;
+      qkv.cache = layout_;
+      qkv.layer = i;
+      Check(StoreQkv(qkv, stream_), "launching the store to the cache");
+    }
     attention.out = s.attended.as<>();
     attention.ldo = hidden_stride_;
     attention.dtype = dtype;
@@ -247,6 +276,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     attention.slots = device_slots_.as<Slot>();
     attention.cache = layout_;
     attention.layer = i;
+    attention.overlap = true;
     Check(PrefillAttention(attention, stream_), "launching attention");
     Multiply(layer.attention_out, layer.attention_out.bias, s.attended.as<>(), hidden_stride_,
              s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);

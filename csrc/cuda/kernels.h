@@ -77,6 +77,7 @@ struct LayerNormArgs {
   DType dtype = DType::kFloat32;
   void* out = nullptr;  // [rows, ldo]
   int64_t ldo = 0;
+  bool overlap = false;  // may start before the kernel before it has ended, and then waits for it
 };
 cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream);
 
@@ -146,10 +147,15 @@ struct PrefillRun {
   int32_t count;
 };
 struct PrefillAttentionArgs {
-  const void* q = nullptr;  // [rows, ldq] of `dtype`, scaled
+  const void* q = nullptr;  // [rows, ldq] of `dtype`
   int64_t ldq = 0;
+  // Null: all keys and values are in the cache. Else the runs' own are here, [rows, ldq] of `dtype`,
+  // and are put into the cache on the way; see PrefillAttentionStores. Two runs are then of two slots.
+  const void* k = nullptr;
+  const void* v = nullptr;
   void* out = nullptr;  // [rows, ldo] of `dtype`
   int64_t ldo = 0;
+  float scale = 1.0f;  // of scores
   DType dtype = DType::kFloat16;
   const PrefillRun* runs = nullptr;  // device, [num_runs]
   int32_t num_runs = 0;
@@ -157,8 +163,11 @@ struct PrefillAttentionArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
+  bool overlap = false;  // as for LayerNorm
 };
 cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream);
+// Whether it takes `k` and `v`, whose rows must then begin at multiples of 16 bytes as q's.
+cudaError_t PrefillAttentionStores(DType dtype, const CacheLayout& cache, bool* stores);
 
 // ---- sample.cu ----------------------------------------------------------------------------------
 

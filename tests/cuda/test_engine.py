@@ -163,6 +163,31 @@ def test_rows_do_not_depend_on_each_other(dtype: str) -> None:
             assert error < (1e-30 if dtype == "float32" else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int4"])
+@pytest.mark.parametrize(
+    "shape",
+    [GPTShape(503, 512, 64, 2, 4, 256), GPTShape(503, 512, 1024, 1, 16, 4096)],
+    ids=lambda s: f"h{s.hidden_size}",
+)
+def test_long_prompts_do_not_depend_on_each_other(shape: GPTShape, dtype: str) -> None:
+    """Prompts that go through cuBLASLt, alone and beside so many others that other algorithms may
+    serve them; with all of them a pass ends within a prompt."""
+    tensors = make_tensors(shape, WeightRecipe(6))
+    options = GenerationOptions(max_length=2, eos_token_id=-1)
+    prompts = [prompt(shape, 65 + 97 * i % 440, i) for i in range(40)]
+    with (
+        EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda,
+        kernels_only(),
+    ):
+        together = cuda.generate(prompts, options, keep_logits=True)
+        for few in (1, 4):
+            for i in range(0, 40 - few, 9):
+                part = cuda.generate(prompts[i : i + few], options, keep_logits=True)
+                for ours, theirs in zip(part, together[i:]):
+                    assert ours.tokens == theirs.tokens
+                    assert (logits_of(ours) == logits_of(theirs)).all()
+
+
 def test_large_activations_do_not_overflow() -> None:
     shape = GPTShape(200, 64, 64, 2, 4, 256)
     tensors = make_tensors(shape, WeightRecipe(3))
