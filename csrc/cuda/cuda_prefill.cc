@@ -33,13 +33,18 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
   uploads_.Send(device_slots_.as<Slot>(), stream_);
   size_t num_rows = 0;
   bool any_wanted = false;
+  std::vector<int32_t> ends(count);  // of what is fed
   for (size_t c = 0; c < count; ++c) {
     const engine::PrefillChunk& chunk = chunks[c];
     const HostSlot& slot = At(chunk.slot);
     if (chunk.begin < 0 || chunk.count < 0 || chunk.begin + chunk.count > slot.prompt_length) {
       throw base::Error(FASTGEN_INTERNAL, "a prefill chunk lies outside its prompt");
     }
-    num_rows += static_cast<size_t>(chunk.count);
+    // A long prompt's last token, which the caller leaves out, comes with those before it: its first step
+    // then needs no pass over the weights of the layers.
+    ends[c] = chunk.begin + chunk.count;
+    if (ends[c] + 1 == slot.prompt_length && IsLong(chunk.slot)) ++ends[c];
+    num_rows += static_cast<size_t>(ends[c] - chunk.begin);
     any_wanted = any_wanted || chunk.logits;
   }
   std::vector<Row> rows;
@@ -48,19 +53,21 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
   if (any_wanted) wanted.reserve(num_rows);
   for (size_t c = 0; c < count; ++c) {
     const engine::PrefillChunk& chunk = chunks[c];
-    for (int32_t i = 0; i < chunk.count; ++i) {
-      rows.push_back({chunk.slot, chunk.begin + i});
+    for (int32_t position = chunk.begin; position < ends[c]; ++position) {
+      rows.push_back({chunk.slot, position});
       if (!any_wanted) continue;
-      wanted.push_back(chunk.logits ? chunk.logits + int64_t{i} * config_.vocab_size : nullptr);
+      const int32_t i = position - chunk.begin;
+      wanted.push_back(chunk.logits && i < chunk.count
+                           ? chunk.logits + int64_t{i} * config_.vocab_size
+                           : nullptr);
     }
   }
   FeedRows(rows, wanted);
-  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = chunks[c].begin + chunks[c].count;
+  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = ends[c];
 }
 
-// Which way a row goes depends on its own prompt alone, so that its bits do.
-bool CudaDevice::IsLong(const Row& row) const {
-  return multiplier_ && slots_[static_cast<size_t>(row.slot)].prompt_length > kShortPrompt;
+bool CudaDevice::IsLong(int32_t slot) const {
+  return multiplier_ && slots_[static_cast<size_t>(slot)].prompt_length > kShortPrompt;
 }
 
 // `wanted` is empty where no logits are. Only logits are waited for: whatever comes after the rows is
@@ -68,14 +75,14 @@ bool CudaDevice::IsLong(const Row& row) const {
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
   ReadSteps();
   listed_.clear();
-  const auto is_long = [this](const Row& row) { return IsLong(row); };
+  const auto is_long = [this](const Row& row) { return IsLong(row.slot); };
   if (std::all_of(rows.begin(), rows.end(), is_long)) {
     FeedPart(rows, wanted, true);
   } else {
     std::vector<Row> parts[2];
     std::vector<float*> part_wanted[2];
     for (size_t i = 0; i < rows.size(); ++i) {
-      const size_t part = IsLong(rows[i]) ? 1 : 0;
+      const size_t part = IsLong(rows[i].slot) ? 1 : 0;
       parts[part].push_back(rows[i]);
       if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
     }
@@ -90,7 +97,7 @@ void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*
   // Before anything lies in the work space, which moves when it grows.
   const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
   if (any) ReserveDecode(kLogitsRows);
-  const auto most = static_cast<size_t>(many ? kManyRows : kFewRows);
+  const auto most = static_cast<size_t>(many ? kManyRows + kLastRows : kFewRows);
   for (size_t begin = 0; begin < rows.size(); begin += most) {
     const size_t end = std::min(begin + most, rows.size());
     const auto count = static_cast<int32_t>(end - begin);
@@ -287,6 +294,14 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     Multiply(layer.feed_forward_out, layer.feed_forward_out.bias, s.wide.as<>(), wide_stride_,
              s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
   }
+  LastRowsArgs last;
+  last.x = s.x.as<float>();
+  last.last = last_rows_.as<float>();
+  last.ld = hidden_stride_;
+  last.slots = device_slots_.as<Slot>();
+  last.runs = s.runs.as<PrefillRun>();
+  last.count = num_runs;
+  Check(KeepLastRows(last, stream_), "launching a prompt's end");
 }
 
 }  // namespace fastgen::cuda

@@ -169,6 +169,21 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
 // Whether it takes `k` and `v`, whose rows must then begin at multiples of 16 bytes as q's.
 cudaError_t PrefillAttentionStores(DType dtype, const CacheLayout& cache, bool* stores);
 
+// What a prefill leaves of the last row of a prompt, for the step that gives the prompt's first token.
+struct LastRowsArgs {
+  float* x = nullptr;     // [rows, ld]
+  float* last = nullptr;  // [slots, ld]
+  int64_t ld = 0;         // a multiple of 4
+  const Slot* slots = nullptr;
+  const PrefillRun* runs = nullptr;  // [count] that KeepLastRows looks at
+  const Row* row_list = nullptr;     // [count] that TakeLastRows fills
+  int32_t count = 0;
+};
+// last[slot] = the row in x of the last token of the slot's prompt, of runs that hold it.
+cudaError_t KeepLastRows(const LastRowsArgs& args, cudaStream_t stream);
+// x[i] = last[row_list[i].slot], zero for padding.
+cudaError_t TakeLastRows(const LastRowsArgs& args, cudaStream_t stream);
+
 // ---- sample.cu ----------------------------------------------------------------------------------
 
 // Logits processing, then the choice of engine/sampler.h: the same token as there from the same

@@ -176,6 +176,26 @@ __global__ void __launch_bounds__(kThreads) QkvKernel(const QkvTask task) {
   }
 }
 
+__global__ void __launch_bounds__(kThreads) KeepLastKernel(const LastRowsArgs args) {
+  const PrefillRun run = args.runs[blockIdx.x];
+  if (run.slot < 0 || run.begin + run.count != args.slots[run.slot].prompt_length) return;
+  const float* from = args.x + (run.first_row + run.count - 1) * args.ld;
+  float* to = args.last + run.slot * args.ld;
+  for (int32_t k = threadIdx.x * 4; k < args.ld; k += kThreads * 4) {
+    *reinterpret_cast<float4*>(to + k) = *reinterpret_cast<const float4*>(from + k);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) TakeLastKernel(const LastRowsArgs args) {
+  const int32_t slot = args.row_list[blockIdx.x].slot;
+  float* to = args.x + blockIdx.x * args.ld;
+  for (int32_t k = threadIdx.x * 4; k < args.ld; k += kThreads * 4) {
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (slot >= 0) four = *reinterpret_cast<const float4*>(args.last + slot * args.ld + k);
+    *reinterpret_cast<float4*>(to + k) = four;
+  }
+}
+
 struct DequantizeTask {
   Matrix w;
   DType dtype;
@@ -236,6 +256,22 @@ cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {
   task.query_divisor = std::sqrt(static_cast<float>(args.cache.head_size));
   return args.cache.head_size % 4 == 0 ? Launch(QkvKernel<true>, shape, stream, task)
                                        : Launch(QkvKernel<false>, shape, stream, task);
+}
+
+cudaError_t KeepLastRows(const LastRowsArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.count));
+  shape.threads = kThreads;
+  return Launch(KeepLastKernel, shape, stream, args);
+}
+
+cudaError_t TakeLastRows(const LastRowsArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.count));
+  shape.threads = kThreads;
+  return Launch(TakeLastKernel, shape, stream, args);
 }
 
 cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cudaStream_t stream) {
