@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +287,8 @@ class Session:
     def submit(self, prompt: list[int], options: _capi.Options, where: str = "") -> int:
         """Adds a request; returns the id of its first sequence. `where` begins error messages."""
         first = ctypes.c_uint64()
-        tokens = (ctypes.c_int32 * len(prompt))(*prompt)
+        # An array takes a list several times as fast as ctypes does.
+        tokens = (ctypes.c_int32 * len(prompt)).from_buffer(array("i", prompt))
         status = _capi.library().fastgen_session_submit(
             self.pointer, tokens, len(prompt), ctypes.byref(options), ctypes.byref(first)
         )

@@ -4,9 +4,12 @@
 //
 // Tiles of keys start at multiples of their size from position 0 and those past a query's own
 // position change nothing, so a query's result does not depend on where its tile or its run begins.
+#include <atomic>
+#include <climits>
 #include <type_traits>
 
 #include "cuda/attention.h"
+#include "cuda/launch.h"
 
 namespace fastgen {
 namespace cuda {
@@ -61,24 +64,63 @@ __device__ inline void LoadQueries(char* shared, const uint16_t* q, int64_t ld, 
   }
 }
 
+// Where the keys and values of a head lie: in pages, but for positions from `fresh` on.
+struct KeySource {
+  int64_t keys, values;  // bytes from the start of a page
+  int head_stride;
+  int fresh;
+  // Position p's are `row_bytes` times p behind these.
+  const char* fresh_keys;
+  const char* fresh_values;
+  int64_t row_bytes;
+};
+
 // Starts copying the tile of keys and values at `position`; what is at or after `length` becomes
 // zero, as it may hold anything.
 template <typename S>
-__device__ inline void LoadKeys(char* stage, const char* const (&pages)[S::kPages], int64_t keys,
-                                int64_t values, int head_stride, int position, int length) {
+__device__ inline void LoadKeys(char* stage, const char* const (&pages)[S::kPages],
+                                const KeySource& source, int position, int length) {
   constexpr int kPassRows = kThreads / S::kChunks;
   static_assert(kPage % kPassRows == 0, "a pass lies within a page");
   const int row = threadIdx.x / S::kChunks, chunk = threadIdx.x % S::kChunks;
-  const bool inside = chunk * 8 < head_stride;
+  const bool inside = chunk * 8 < source.head_stride;
 #pragma unroll
   for (int pass = 0; pass < S::kKeys / kPassRows; ++pass) {
     const int first = pass * kPassRows;
+    const int at = position + first + row;
+    const bool valid = inside && at < length;
     const char* page = pages[first / kPage];
-    const int64_t from = ((first % kPage + row) * head_stride + chunk * 8) * 2;
-    const bool valid = inside && position + first + row < length;
+    const int64_t in_page = ((first % kPage + row) * source.head_stride + chunk * 8) * 2;
+    const char* key = page + source.keys + in_page;
+    const char* value = page + source.values + in_page;
+    if (at >= source.fresh) {
+      const int64_t in_rows = at * source.row_bytes + chunk * 16;
+      key = source.fresh_keys + in_rows;
+      value = source.fresh_values + in_rows;
+    }
     char* to = At<S>(stage, first + row, chunk);
-    Copy16(to, valid ? page + keys + from : page, valid);
-    Copy16(to + S::kKeys * S::kRowBytes, valid ? page + values + from : page, valid);
+    Copy16(to, valid ? key : page, valid);
+    Copy16(to + S::kKeys * S::kRowBytes, valid ? value : page, valid);
+  }
+}
+
+// Puts positions [begin, length) of a tile that has been copied into their pages. A thread takes what
+// it has copied itself.
+template <typename S>
+__device__ inline void StoreKeys(char* stage, char* const* pages, const KeySource& source,
+                                 int position, int begin, int length) {
+  constexpr int kPassRows = kThreads / S::kChunks;
+  const int row = threadIdx.x / S::kChunks, chunk = threadIdx.x % S::kChunks;
+#pragma unroll
+  for (int pass = 0; pass < S::kKeys / kPassRows; ++pass) {
+    const int first = pass * kPassRows;
+    const int at = position + first + row;
+    if (at < begin || at >= length || chunk * 8 >= source.head_stride) continue;
+    char* const to = pages[at / kPage] + (at % kPage * source.head_stride + chunk * 8) * 2;
+    const char* const from = At<S>(stage, first + row, chunk);
+    *reinterpret_cast<uint4*>(to + source.keys) = *reinterpret_cast<const uint4*>(from);
+    *reinterpret_cast<uint4*>(to + source.values) =
+        *reinterpret_cast<const uint4*>(from + S::kKeys * S::kRowBytes);
   }
 }
 
@@ -113,9 +155,11 @@ struct Running {
   float sum[2];
 };
 
-// Turns scores into weights, by which older sums shrink by `shrink`.
+// Turns scores, which count `log2_scale` times in a power of two, into weights, by which older sums
+// shrink by `shrink`.
 template <int kCount>
-__device__ inline void Softmax(float (&s)[kCount][4], Running* running, float (&shrink)[2]) {
+__device__ inline void Softmax(float (&s)[kCount][4], float log2_scale, Running* running,
+                               float (&shrink)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float max = running->max[half];
@@ -124,15 +168,15 @@ __device__ inline void Softmax(float (&s)[kCount][4], Running* running, float (&
       max = fmaxf(max, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
     }
     max = QuadMax(max);
-    const float offset = __fmul_rn(max, -kLog2e);
-    shrink[half] = Exp2(__fmul_rn(running->max[half] - max, kLog2e));  // 1 if max stays
+    const float offset = __fmul_rn(max, -log2_scale);
+    shrink[half] = Exp2(__fmul_rn(running->max[half] - max, log2_scale));  // 1 if max stays
     running->max[half] = max;
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[n][e] = Exp2(__fmaf_rn(s[n][e], kLog2e, offset));
+        s[n][e] = Exp2(__fmaf_rn(s[n][e], log2_scale, offset));
         sum = __fadd_rn(sum, s[n][e]);
       }
     }
@@ -144,20 +188,28 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionArgs args) {
   if (!HasMma<typename S::Type>::value) return;  // the launcher chose another kernel
   extern __shared__ __align__(128) char prefill_shared[];
+  WaitForGrid();
   const PrefillRun run = args.runs[blockIdx.y];
   // Later queries see more keys: they start first.
   const int first = (gridDim.z - 1 - blockIdx.z) * S::kRows;
   if (run.slot < 0 || first >= run.count) return;
   const int head = blockIdx.x, head_size = args.cache.head_size;
-  const int head_stride = args.cache.head_stride;
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * S::kWarpRows;
   const int rows = min(S::kRows, run.count - first);
   const int begin = run.begin + first;  // position of the block's first query
   const int length = begin + rows;      // keys that its last query sees
   const int64_t column = static_cast<int64_t>(head) * head_size;
-  const int64_t keys = HeadOffset(args.cache, args.layer, 0, head) * 2;
-  const int64_t values = HeadOffset(args.cache, args.layer, 1, head) * 2;
+  const float log2_scale = __fmul_rn(args.scale, kLog2e);
+  KeySource source;
+  source.keys = HeadOffset(args.cache, args.layer, 0, head) * 2;
+  source.values = HeadOffset(args.cache, args.layer, 1, head) * 2;
+  source.head_stride = args.cache.head_stride;
+  source.fresh = args.k != nullptr ? run.begin : INT_MAX;
+  source.row_bytes = args.ldq * 2;
+  const int64_t of_zero = (run.first_row - run.begin) * source.row_bytes + column * 2;
+  source.fresh_keys = static_cast<const char*>(args.k) + of_zero;
+  source.fresh_values = static_cast<const char*>(args.v) + of_zero;
 
   char* const queries = prefill_shared;
   char* const stages = prefill_shared + S::kRows * S::kRowBytes;
@@ -166,12 +218,12 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
                  args.ldq, rows, head_size, IsVectorAligned(args.q, args.ldq, head_size));
   CommitCopies();
 
-  const char* const* page_list = const_cast<const char* const*>(args.slots[run.slot].pages);
+  char* const* page_list = args.slots[run.slot].pages;
   const int last_page = (length - 1) / kPage;
   const char* pages[S::kPages];
 #pragma unroll
   for (int p = 0; p < S::kPages; ++p) pages[p] = page_list[min(p, last_page)];
-  LoadKeys<S>(stages, pages, keys, values, head_stride, 0, length);
+  LoadKeys<S>(stages, pages, source, 0, length);
   CommitCopies();
 #pragma unroll
   for (int p = 0; p < S::kPages; ++p) pages[p] = page_list[min(S::kPages + p, last_page)];
@@ -213,13 +265,17 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
     char* const k_shared = stages + (tile & 1) * S::kStageBytes;
     char* const v_shared = k_shared + S::kKeys * S::kRowBytes;
     if (position + S::kKeys < length) {
-      LoadKeys<S>(stages + (~tile & 1) * S::kStageBytes, pages, keys, values, head_stride,
-                  position + S::kKeys, length);
+      LoadKeys<S>(stages + (~tile & 1) * S::kStageBytes, pages, source, position + S::kKeys,
+                  length);
       CommitCopies();
 #pragma unroll
       for (int p = 0; p < S::kPages; ++p) {
         pages[p] = page_list[min((tile + 2) * S::kPages + p, last_page)];
       }
+    }
+    // The block whose queries they belong to, of all that read them.
+    if (args.k != nullptr && position + S::kKeys > begin) {
+      StoreKeys<S>(k_shared, page_list, source, position, begin, length);
     }
     if (position >= begin + warp_row + S::kWarpRows)
       continue;  // none of this warp's queries sees it
@@ -269,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
 #pragma unroll
     for (int m = 0; m < S::kTiles; ++m) {
       float shrink[2];
-      Softmax(s[m], &running[m], shrink);
+      Softmax(s[m], log2_scale, &running[m], shrink);
 #pragma unroll
       for (int n = 0; n < S::kHead / 8; ++n) {
 #pragma unroll
@@ -334,35 +390,50 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
   }
 }
 
-// Whether the kernel was compiled for an architecture with the products and fits the device.
+// Whether the kernel was compiled for an architecture with the products and fits the device; then it
+// may have its shared memory. Asked once per device.
 template <typename S>
 bool CanRun(int device) {
-  int most = 0;
-  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess ||
-      most < S::kSharedBytes) {
-    return false;
-  }
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, MmaKernel<S>) != cudaSuccess) return false;
-  return attributes.ptxVersion >= (std::is_same<typename S::Type, __half>::value ? 75 : 80);
+  constexpr int kDevices = 16;
+  enum : int8_t { kUnknown, kCan, kCannot };
+  static std::atomic<int8_t> known[kDevices];
+  if (device < kDevices && known[device].load() != kUnknown) return known[device].load() == kCan;
+  const void* const kernel = reinterpret_cast<const void*>(MmaKernel<S>);
+  int architecture = 0;
+  const bool can = CompiledArchitecture(kernel, &architecture) == cudaSuccess &&
+                   architecture >= (std::is_same<typename S::Type, __half>::value ? 75 : 80) &&
+                   AllowSharedBytes(kernel, S::kSharedBytes) == cudaSuccess;
+  if (!can) static_cast<void>(cudaGetLastError());  // said by the answer
+  if (device < kDevices) known[device].store(can ? kCan : kCannot);
+  return can;
 }
 
 template <typename S>
-cudaError_t Launch(const PrefillAttentionArgs& args, cudaStream_t stream) {
-  auto kernel = MmaKernel<S>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (status != cudaSuccess) return status;
-  const dim3 grid(args.cache.num_heads, args.num_runs,
-                  (args.longest_run + S::kRows - 1) / S::kRows);
-  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+cudaError_t LaunchShapeOf(const PrefillAttentionArgs& args, cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid =
+      dim3(static_cast<unsigned>(args.cache.num_heads), static_cast<unsigned>(args.num_runs),
+           static_cast<unsigned>((args.longest_run + S::kRows - 1) / S::kRows));
+  shape.threads = kThreads;
+  shape.shared_bytes = S::kSharedBytes;
+  shape.overlap = args.overlap;
+  return LaunchAllowed(MmaKernel<S>, shape, stream, args);
 }
 
-template <typename S>
-cudaError_t LaunchIfAble(const PrefillAttentionArgs& args, int device, cudaStream_t stream) {
-  return CanRun<S>(device) ? Launch<S>(args, stream) : PrefillAttentionFma(args, stream);
+template <typename T>
+using Small = Shape<T, 64, 64, 1>;
+template <typename T>
+using Large = Shape<T, 64, 64, 2>;
+template <typename T>
+using Wide = Shape<T, 128, 64, 1>;
+template <typename T>
+using Widest = Shape<T, 256, 32, 1>;
+
+template <typename T>
+bool CanRunHead(int head_size, int device) {
+  if (head_size > 128) return CanRun<Widest<T>>(device);
+  if (head_size > 64) return CanRun<Wide<T>>(device);
+  return CanRun<Small<T>>(device) && CanRun<Large<T>>(device);
 }
 
 template <typename T>
@@ -373,13 +444,13 @@ cudaError_t LaunchType(const PrefillAttentionArgs& args, cudaStream_t stream) {
   status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   const int head_size = args.cache.head_size;
-  if (head_size > 128) return LaunchIfAble<Shape<T, 256, 32, 1>>(args, device, stream);
-  if (head_size > 64) return LaunchIfAble<Shape<T, 128, 64, 1>>(args, device, stream);
-  using Large = Shape<T, 64, 64, 2>;
+  if (!CanRunHead<T>(head_size, device)) return PrefillAttentionFma(args, stream);
+  if (head_size > 128) return LaunchShapeOf<Widest<T>>(args, stream);
+  if (head_size > 64) return LaunchShapeOf<Wide<T>>(args, stream);
   const int64_t blocks = static_cast<int64_t>(args.cache.num_heads) * args.num_runs *
-                         ((args.longest_run + Large::kRows - 1) / Large::kRows);
-  if (blocks >= 2 * multiprocessors) return LaunchIfAble<Large>(args, device, stream);
-  return LaunchIfAble<Shape<T, 64, 64, 1>>(args, device, stream);
+                         ((args.longest_run + Large<T>::kRows - 1) / Large<T>::kRows);
+  if (blocks >= 2 * multiprocessors) return LaunchShapeOf<Large<T>>(args, stream);
+  return LaunchShapeOf<Small<T>>(args, stream);
 }
 
 }  // namespace
@@ -394,6 +465,19 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
 #endif
   }
   return PrefillAttentionFma(args, stream);
+}
+
+cudaError_t PrefillAttentionStores(DType dtype, const CacheLayout& cache, bool* stores) {
+  *stores = false;
+  if (dtype != cache.dtype || cache.head_size > 256 || cache.head_size % 8 != 0) return cudaSuccess;
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  if (dtype == DType::kFloat16) *stores = CanRunHead<__half>(cache.head_size, device);
+#if FASTGEN_CUDA_HAS_11
+  if (dtype == DType::kBFloat16) *stores = CanRunHead<BFloat16>(cache.head_size, device);
+#endif
+  return cudaSuccess;
 }
 
 }  // namespace cuda

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
     const int row = i / S::kHead, d = i % S::kHead;
     q_shared[row * S::kStride + d] =
         row < rows && d < head_size
-            ? LoadAs(args.q, (row0 + row) * args.ldq + column + d, args.dtype)
+            ? LoadAs(args.q, (row0 + row) * args.ldq + column + d, args.dtype) * args.scale
             : 0.0f;
   }
 
@@ -255,6 +255,7 @@ cudaError_t LaunchType(const PrefillAttentionArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t PrefillAttentionFma(const PrefillAttentionArgs& args, cudaStream_t stream) {
+  if (args.k != nullptr || args.v != nullptr) return cudaErrorInvalidValue;
   switch (args.cache.dtype) {
     case DType::kFloat32: return LaunchType<float>(args, stream);
     case DType::kFloat16: return LaunchType<__half>(args, stream);

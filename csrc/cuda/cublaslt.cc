@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace fastgen::cuda {
@@ -15,7 +16,6 @@ enum Epilogue { kDefault = 1, kBias = 4, kGeluTanh = 32, kGeluTanhBias = 36 };
 constexpr int32_t kTransposed = 1, kNotTransposed = 0;
 enum PreferenceAttribute { kMaxWorkspaceBytes = 1, kReductionSchemeMask = 3 };
 
-constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 constexpr int32_t kPlannedRows = 2048;
 
 int TypeOf(DType dtype) {
@@ -25,15 +25,14 @@ int TypeOf(DType dtype) {
 
 constexpr int kNotSupported = 15, kAllocFailed = 3;  // of its status codes
 
-void CheckStatus(int status, const char* what) {
-  if (status != 0) {
-    throw base::Error(
-        status == kAllocFailed ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
-        std::string("cuBLASLt: ") + what + " failed with status " + std::to_string(status));
-  }
-}
-
 }  // namespace
+
+void CublasLt::CheckStatus(int status, const char* what) {
+  if (status == 0) return;
+  throw base::Error(
+      status == kAllocFailed ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
+      std::string("cuBLASLt: ") + what + " failed with status " + std::to_string(status));
+}
 
 void* CublasLt::Find(const char* name) { return dlsym(library_, name); }
 
@@ -89,8 +88,7 @@ const CublasLt* CublasLt::Open(std::string* why) {
 
 Multiplier::Multiplier(const CublasLt& library, cudaStream_t stream)
     : library_(library), stream_(stream) {
-  CheckStatus(library_.create_(&handle_), "cublasLtCreate");
-  workspace_ = DeviceMemory(kWorkspaceBytes, "the workspace of cuBLASLt");
+  CublasLt::CheckStatus(library_.create_(&handle_), "cublasLtCreate");
 }
 
 Multiplier::~Multiplier() {
@@ -105,29 +103,21 @@ void Multiplier::Destroy(Plan* plan) {
 
 void* Multiplier::Layout(DType dtype, int64_t rows, int64_t columns, int64_t ld) const {
   void* made = nullptr;
-  CheckStatus(library_.layout_create_(&made, TypeOf(dtype), static_cast<uint64_t>(rows),
-                                      static_cast<uint64_t>(columns), ld),
-              "cublasLtMatrixLayoutCreate");
+  CublasLt::CheckStatus(library_.layout_create_(&made, TypeOf(dtype), static_cast<uint64_t>(rows),
+                                                static_cast<uint64_t>(columns), ld),
+                        "cublasLtMatrixLayoutCreate");
   return made;
 }
 
 // Column-major, which is how cuBLASLt counts: y' [out, rows] = w' transposed [out, in] x' [in, rows].
 Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
   Plan plan;
-  void* preference = nullptr;
-  void* x = nullptr;
-  void* y = nullptr;
-  const auto clean_up = [&] {
-    if (preference) library_.preference_destroy_(preference);
-    if (x) library_.layout_destroy_(x);
-    if (y) library_.layout_destroy_(y);
-  };
   try {
-    CheckStatus(library_.desc_create_(&plan.desc, kCompute32F, kReal32F),
-                "cublasLtMatmulDescCreate");
+    CublasLt::CheckStatus(library_.desc_create_(&plan.desc, kCompute32F, kReal32F),
+                          "cublasLtMatmulDescCreate");
     const auto set = [&](int attribute, const void* value, size_t size) {
-      CheckStatus(library_.desc_set_(plan.desc, attribute, value, size),
-                  "cublasLtMatmulDescSetAttribute");
+      CublasLt::CheckStatus(library_.desc_set_(plan.desc, attribute, value, size),
+                            "cublasLtMatmulDescSetAttribute");
     };
     set(kTransA, &kTransposed, sizeof kTransposed);
     set(kTransB, &kNotTransposed, sizeof kNotTransposed);
@@ -136,29 +126,80 @@ Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
     set(kEpilogue, &epilogue, sizeof epilogue);
     if (product.bias) set(kBiasPointer, &product.bias, sizeof product.bias);
     plan.w = Layout(product.dtype, product.in, product.out, product.ldw);
-    x = Layout(product.dtype, product.in, kPlannedRows, product.ldx);
-    y = Layout(product.out_dtype, product.out, kPlannedRows, product.ldy);
-    CheckStatus(library_.preference_create_(&preference), "cublasLtMatmulPreferenceCreate");
-    const auto prefer = [&](int attribute, const void* value, size_t size) {
-      CheckStatus(library_.preference_set_(preference, attribute, value, size),
-                  "cublasLtMatmulPreferenceSetAttribute");
-    };
-    const uint64_t workspace = kWorkspaceBytes;
-    const uint32_t whole_sums = 0;
-    prefer(kMaxWorkspaceBytes, &workspace, sizeof workspace);
-    prefer(kReductionSchemeMask, &whole_sums, sizeof whole_sums);
-    int found = 0;
-    CheckStatus(
-        library_.heuristic_(handle_, plan.desc, plan.w, x, y, y, preference, 1, &plan.best, &found),
-        "cublasLtMatmulAlgoGetHeuristic");
-    if (found < 1) CheckStatus(kNotSupported, "finding an algorithm");
+    const std::vector<Heuristic> found = Ask(product, plan, kPlannedRows, 1);
+    if (found.empty()) CublasLt::CheckStatus(kNotSupported, "finding an algorithm");
+    plan.first = found.front();
   } catch (...) {
-    clean_up();
     Destroy(&plan);
     throw;
   }
-  clean_up();
   return plan;
+}
+
+std::vector<Multiplier::Heuristic> Multiplier::Ask(const CublasLt::Product& product,
+                                                   const Plan& plan, int32_t rows,
+                                                   int32_t most) const {
+  void* preference = nullptr;
+  void* x = nullptr;
+  void* y = nullptr;
+  const auto clean_up = [&] {
+    if (preference) library_.preference_destroy_(preference);
+    if (x) library_.layout_destroy_(x);
+    if (y) library_.layout_destroy_(y);
+  };
+  std::vector<Heuristic> results(static_cast<size_t>(most));
+  int found = 0;
+  try {
+    x = Layout(product.dtype, product.in, rows, product.ldx);
+    y = Layout(product.out_dtype, product.out, rows, product.ldy);
+    CublasLt::CheckStatus(library_.preference_create_(&preference),
+                          "cublasLtMatmulPreferenceCreate");
+    const auto prefer = [&](int attribute, const void* value, size_t size) {
+      CublasLt::CheckStatus(library_.preference_set_(preference, attribute, value, size),
+                            "cublasLtMatmulPreferenceSetAttribute");
+    };
+    // Whole sums need no memory, and algorithms that use some to share out tiles clear it every time.
+    const uint64_t workspace = 0;
+    const uint32_t whole_sums = 0;
+    prefer(kMaxWorkspaceBytes, &workspace, sizeof workspace);
+    prefer(kReductionSchemeMask, &whole_sums, sizeof whole_sums);
+    CublasLt::CheckStatus(library_.heuristic_(handle_, plan.desc, plan.w, x, y, y, preference, most,
+                                              results.data(), &found),
+                          "cublasLtMatmulAlgoGetHeuristic");
+  } catch (...) {
+    clean_up();
+    throw;
+  }
+  clean_up();
+  results.resize(static_cast<size_t>(found));
+  results.erase(std::remove_if(results.begin(), results.end(),
+                               [](const Heuristic& result) { return result.state != 0; }),
+                results.end());
+  return results;
+}
+
+int Multiplier::Start(const CublasLt::Product& p, const Plan& plan,
+                      const Heuristic& heuristic) const {
+  if (p.bias) {
+    CublasLt::CheckStatus(library_.desc_set_(plan.desc, kBiasPointer, &p.bias, sizeof p.bias),
+                          "cublasLtMatmulDescSetAttribute");
+  }
+  const float one = 1.0f;
+  const float beta = p.accumulate ? 1.0f : 0.0f;
+  void* const x = Layout(p.dtype, p.in, p.rows, p.ldx);
+  void* y = nullptr;
+  int status = kNotSupported;
+  try {
+    y = Layout(p.out_dtype, p.out, p.rows, p.ldy);
+    status = library_.matmul_(handle_, plan.desc, &one, p.w, plan.w, p.x, x, &beta, p.y, y, p.y, y,
+                              heuristic.algorithm, nullptr, 0, stream_);
+  } catch (...) {
+    library_.layout_destroy_(x);
+    throw;
+  }
+  library_.layout_destroy_(x);
+  library_.layout_destroy_(y);
+  return status;
 }
 
 void Multiplier::Run(const CublasLt::Product& p) {
@@ -172,27 +213,7 @@ void Multiplier::Run(const CublasLt::Product& p) {
                 p.accumulate};
   auto found = plans_.find(key);
   if (found == plans_.end()) found = plans_.emplace(key, Make(p)).first;
-  Plan& plan = found->second;
-  if (p.bias) {
-    CheckStatus(library_.desc_set_(plan.desc, kBiasPointer, &p.bias, sizeof p.bias),
-                "cublasLtMatmulDescSetAttribute");
-  }
-  const float one = 1.0f;
-  const float beta = p.accumulate ? 1.0f : 0.0f;
-  void* const x = Layout(p.dtype, p.in, p.rows, p.ldx);
-  void* y = nullptr;
-  int status = kNotSupported;
-  try {
-    y = Layout(p.out_dtype, p.out, p.rows, p.ldy);
-    status = library_.matmul_(handle_, plan.desc, &one, p.w, plan.w, p.x, x, &beta, p.y, y, p.y, y,
-                              plan.best.algorithm, workspace_.as<>(), workspace_.size(), stream_);
-  } catch (...) {
-    library_.layout_destroy_(x);
-    throw;
-  }
-  library_.layout_destroy_(x);
-  library_.layout_destroy_(y);
-  CheckStatus(status, "cublasLtMatmul");
+  CublasLt::CheckStatus(Start(p, found->second, AlgorithmFor(p, &found->second)), "cublasLtMatmul");
 }
 
 }  // namespace fastgen::cuda

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cuda/check.h"
 #include "cuda/types.h"
@@ -33,6 +34,8 @@ class CublasLt {
   };
 
   int64_t version() const { return version_; }
+  // Throws unless the status is that of success.
+  static void CheckStatus(int status, const char* what);
 
  private:
   friend class Multiplier;
@@ -60,8 +63,11 @@ class CublasLt {
                  size_t workspace_size, cudaStream_t stream) = nullptr;
 };
 
-// Products on one stream. The algorithm of a matrix is chosen once, for many rows, without split sums,
-// and then serves any number of rows: a row's sums have the same order whatever is beside it.
+// Products on one stream. What the first algorithm for a matrix gives, chosen for many rows and without
+// split sums, are the bits of its products: with the same algorithm a row's sums have the same order
+// whatever is beside it. Of 16-bit types, other algorithms serve fewer rows or more if they are faster
+// and, tried on so many rows of operands that show the order (cublaslt_trial.h), give the same bits: the
+// time of a trial changes how fast products are and nothing else.
 class Multiplier {
  public:
   Multiplier(const CublasLt& library, cudaStream_t stream);
@@ -80,21 +86,32 @@ class Multiplier {
     float waves;
     int32_t reserved[4];
   };
+  static constexpr int32_t kFirstRows = 128;
+  static constexpr int32_t kClasses = 6;  // up to kFirstRows rows, up to twice as many, and so on
   struct Plan {
     void* desc = nullptr;
     void* w = nullptr;
-    Heuristic best = {};
+    Heuristic first = {};
+    Heuristic best[kClasses] = {};
+    bool tried[kClasses] = {};
   };
   // in, out, types, epilogue; strides and pointers are those of the rows' layouts or set per call.
   using Key = std::tuple<int32_t, int32_t, int64_t, int32_t, int32_t, bool, bool, bool>;
   Plan Make(const CublasLt::Product& product);
+  // Algorithms for so many rows, the best guess first: at most `most`.
+  std::vector<Heuristic> Ask(const CublasLt::Product& product, const Plan& plan, int32_t rows,
+                             int32_t most) const;
+  // Which algorithm serves the product; tries them when it is the first one of so many rows.
+  const Heuristic& AlgorithmFor(const CublasLt::Product& product, Plan* plan);
+  Heuristic Try(const CublasLt::Product& product, const Plan& plan, int32_t rows);
+  // Launches the product; returns cuBLASLt's status.
+  int Start(const CublasLt::Product& product, const Plan& plan, const Heuristic& heuristic) const;
   void* Layout(DType dtype, int64_t rows, int64_t columns, int64_t ld) const;
   void Destroy(Plan* plan);
 
   const CublasLt& library_;
   const cudaStream_t stream_;
   CublasLt::Handle handle_ = nullptr;
-  DeviceMemory workspace_;
   std::map<Key, Plan> plans_;
 };
 

@@ -23,12 +23,14 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
                            engine::DecodeResult* results, float* logits) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
+  uploads_.Send(device_slots_.as<Slot>(), stream_);
   std::vector<Row> unfed;
   size_t running = 0;
   for (size_t i = 0; i < count; ++i) {
     HostSlot& slot = At(slots[i]);
-    for (int32_t p = slot.fed; p + 1 < slot.prompt_length; ++p) unfed.push_back({slots[i], p});
-    slot.fed = std::max(slot.fed, slot.prompt_length - 1);
+    const int32_t end = IsLong(slots[i]) ? slot.prompt_length : slot.prompt_length - 1;
+    for (int32_t p = slot.fed; p < end; ++p) unfed.push_back({slots[i], p});
+    slot.fed = std::max(slot.fed, end);
     running += slot.ahead.is_over() ? 0 : 1;
   }
   if (!unfed.empty()) FeedRows(unfed, {});
@@ -67,9 +69,12 @@ void CudaDevice::RunAhead(const int32_t* slots, size_t count, int32_t pending, f
     step_slots_.clear();
     step_logits_.clear();
     bool waits = false;
+    const bool first =
+        std::any_of(slots, slots + count, [this](int32_t slot) { return IsFirst(slot); });
     for (size_t i = 0; i < count; ++i) {
       const HostSlot& slot = slots_[static_cast<size_t>(slots[i])];
       if (!slot.ahead.goes_on() || slot.ahead.pending() >= pending) continue;
+      if (IsFirst(slots[i]) != first) continue;
       waits = waits || slot.ahead.pending() == 0;
       step_slots_.push_back(slots[i]);
       const bool wanted = logits && slot.keep_logits;
@@ -78,7 +83,7 @@ void CudaDevice::RunAhead(const int32_t* slots, size_t count, int32_t pending, f
     }
     if (step_slots_.empty()) return;
     if (!ring_.full()) {
-      LaunchStepOfSlots();
+      LaunchStepOfSlots(first);
     } else if (waits) {
       ReadStep();
     } else {
@@ -87,7 +92,12 @@ void CudaDevice::RunAhead(const int32_t* slots, size_t count, int32_t pending, f
   }
 }
 
-void CudaDevice::LaunchStepOfSlots() {
+bool CudaDevice::IsFirst(int32_t index) const {
+  const HostSlot& slot = slots_[static_cast<size_t>(index)];
+  return !slot.launched && slot.fed == slot.prompt_length && IsLong(index);
+}
+
+void CudaDevice::LaunchStepOfSlots(bool first) {
   const int32_t rows = Bucket(step_slots_.size());
   if (rows > decode_space_.rows) {
     ReadSteps();
@@ -110,8 +120,12 @@ void CudaDevice::LaunchStepOfSlots() {
   }
   const bool any_logits =
       std::any_of(step_logits_.begin(), step_logits_.end(), [](const float* to) { return to; });
-  if (any_logits) {
-    LaunchForward(rows);
+  if (any_logits || first) {
+    if (first) {
+      LaunchFirst(rows);
+    } else {
+      LaunchForward(rows);
+    }
     for (size_t row = 0; row < step_logits_.size(); ++row) {
       if (!step_logits_[row]) continue;
       const float* const from =
@@ -127,7 +141,9 @@ void CudaDevice::LaunchStepOfSlots() {
   }
   ring_.Push(step_slots_);
   for (const int32_t slot : step_slots_) {
-    if (slot >= 0) slots_[static_cast<size_t>(slot)].ahead.Launched();
+    if (slot < 0) continue;
+    slots_[static_cast<size_t>(slot)].ahead.Launched();
+    slots_[static_cast<size_t>(slot)].launched = true;
   }
 }
 

@@ -36,7 +36,8 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
       hidden_stride_(RoundUp(config.hidden_size, 32)),
       qkv_stride_(RoundUp(int64_t{3} * config.hidden_size, 32)),
       wide_stride_(RoundUp(config.intermediate_size, 32)),
-      logits_stride_(RoundUp(config.vocab_size, 32)) {
+      logits_stride_(RoundUp(config.vocab_size, 32)),
+      uploads_(config.max_positions) {
   ChooseDevice(index_);
   Check(cudaGetDeviceProperties(&properties_, index_), "asking what the device is");
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
@@ -47,6 +48,8 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
                               config_.hidden_size / config_.num_heads);
     pages_ = std::make_unique<PagePool>(layout_);
     PreparePersistent();
+    Check(PrefillAttentionStores(activation_dtype_, layout_, &attention_stores_),
+          "asking what attention can do");
     if (const CublasLt* library = CublasLt::Open(nullptr)) {
       multiplier_ = std::make_unique<Multiplier>(*library, stream_);
     }
@@ -93,15 +96,23 @@ CudaDevice::HostSlot& CudaDevice::At(int32_t slot) {
 void CudaDevice::GrowSlots() {
   const size_t capacity = std::max<size_t>(64, 2 * slot_capacity_);
   slots_.reserve(capacity);
-  DeviceMemory grown(capacity * sizeof(Slot), "the state of the sequences");
-  if (slot_capacity_ > 0) {
-    Check(cudaMemcpyAsync(grown.as<>(), device_slots_.as<>(), slot_capacity_ * sizeof(Slot),
-                          cudaMemcpyDeviceToDevice, stream_),
-          "copying the state of the sequences");
-    Check(cudaStreamSynchronize(stream_), "copying the state of the sequences");
-  }
+  const size_t row_bytes = static_cast<size_t>(hidden_stride_) * sizeof(float);
+  const auto grow = [&](const DeviceMemory& old, size_t bytes) {
+    DeviceMemory grown(capacity * bytes, "the state of the sequences");
+    if (slot_capacity_ > 0) {
+      Check(cudaMemcpyAsync(grown.as<>(), old.as<>(), slot_capacity_ * bytes,
+                            cudaMemcpyDeviceToDevice, stream_),
+            "copying the state of the sequences");
+    }
+    return grown;
+  };
+  DeviceMemory slots = grow(device_slots_, sizeof(Slot));
+  DeviceMemory last_rows = grow(last_rows_, row_bytes);
+  Check(cudaStreamSynchronize(stream_), "copying the state of the sequences");
+  uploads_.Grow(capacity);
   DropGraphs();
-  device_slots_ = std::move(grown);
+  device_slots_ = std::move(slots);
+  last_rows_ = std::move(last_rows);
   slot_capacity_ = capacity;
 }
 
@@ -113,13 +124,6 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   if (at == slot_capacity_) GrowSlots();
   if (at == slots_.size()) slots_.emplace_back();
   HostSlot& slot = slots_[at];
-  const size_t most_pages = static_cast<size_t>(RoundUp(config_.max_positions, kPage)) / kPage;
-  const size_t table_bytes = most_pages * sizeof(char*);
-  if (slot.state.size() == 0) {
-    slot.state = DeviceMemory(
-        table_bytes + (static_cast<size_t>(config_.max_positions) + 1) * sizeof(int32_t),
-        "the tokens of a sequence");
-  }
   // The last sampled token is never fed back, so it needs no place.
   const int64_t positions = int64_t{spec.prompt_length} + spec.sampling.max_length - 1;
   pages_->Take(static_cast<size_t>(RoundUp(positions, kPage)) / kPage, &slot.pages);
@@ -127,8 +131,6 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
     Slot state = {};
     state.length = spec.prompt_length;
     state.prompt_length = spec.prompt_length;
-    state.tokens = reinterpret_cast<int32_t*>(slot.state.as<>() + table_bytes);
-    state.pages = slot.state.as<char*>();
     const engine::SamplingParams& from = spec.sampling;
     SamplingParams& to = state.sampling;
     to.sample = from.sample ? 1 : 0;
@@ -144,15 +146,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
     to.forced_eos_token_id = from.forced_eos_token_id;
     to.sequence = from.sequence;
     to.seed = from.seed;
-    const auto copy = [&](void* device, const void* host, size_t bytes) {
-      Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
-            "copying a sequence to the device");
-    };
-    copy(slot.state.as<>(), slot.pages.data(), slot.pages.size() * sizeof(char*));
-    copy(state.tokens, spec.prompt, static_cast<size_t>(spec.prompt_length) * sizeof(int32_t));
-    copy(device_slots_.as<Slot>() + at, &state, sizeof state);
-    // The sources are the caller's and this function's.
-    Check(cudaStreamSynchronize(stream_), "copying a sequence to the device");
+    uploads_.Write(at, state, slot.pages, spec.prompt);
   } catch (...) {
     pages_->GiveBack(&slot.pages);
     throw;
@@ -160,6 +154,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   slot.keep_logits = spec.keep_logits;
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
+  slot.launched = false;
   slot.ahead = AheadResults(spec.sampling.max_length);
   slot.open = true;
   return static_cast<int32_t>(at);
@@ -170,22 +165,35 @@ void CudaDevice::Close(int32_t index) {
   HostSlot& slot = At(index);
   // Steps in flight may still write to the pages, before anything else in the stream does.
   ring_.Forget(index);
+  uploads_.Forget(static_cast<size_t>(index));
   pages_->GiveBack(&slot.pages);
   slot.open = false;
 }
 
+// Between equal prompts: that other ones share what begins alike is not offered to the engine.
 void CudaDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
   const HostSlot& source = At(from);
   HostSlot& target = At(to);
-  const auto pages = static_cast<size_t>(RoundUp(count, kPage)) / kPage;
-  for (size_t page = 0; page < pages; ++page) {
-    Check(cudaMemcpyAsync(target.pages[page], source.pages[page], pages_->page_bytes(),
-                          cudaMemcpyDeviceToDevice, stream_),
+  const bool whole = IsLong(to) && count + 1 == target.prompt_length &&
+                     source.fed == target.prompt_length &&
+                     source.prompt_length == target.prompt_length;
+  const int32_t positions = whole ? count + 1 : count;
+  const auto pages = static_cast<size_t>(RoundUp(positions, kPage)) / kPage;
+  const auto copy = [this](void* target_data, const void* source_data, size_t bytes) {
+    Check(cudaMemcpyAsync(target_data, source_data, bytes, cudaMemcpyDeviceToDevice, stream_),
           "copying the cache of a prompt");
+  };
+  for (size_t page = 0; page < pages; ++page) {
+    copy(target.pages[page], source.pages[page], pages_->page_bytes());
   }
-  target.fed = count;
+  if (whole) {
+    copy(last_rows_.as<float>() + to * hidden_stride_,
+         last_rows_.as<float>() + from * hidden_stride_,
+         static_cast<size_t>(hidden_stride_) * sizeof(float));
+  }
+  target.fed = positions;
 }
 
 // ---- decode --------------------------------------------------------------------------------
@@ -425,6 +433,17 @@ void CudaDevice::LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t ro
   head.x += first_row * hidden_stride_;
   FoldIn(weights_->final_norm(), weights_->folded_final(), &head);
   Check(Linear(head, stream_), "launching the head");
+}
+
+void CudaDevice::LaunchFirst(int32_t rows) {
+  LastRowsArgs args;
+  args.x = layer_space_.x.as<float>();
+  args.last = last_rows_.as<float>();
+  args.ld = hidden_stride_;
+  args.row_list = layer_space_.row_list.as<Row>();
+  args.count = rows;
+  Check(TakeLastRows(args, stream_), "launching a step");
+  LaunchHead(layer_space_.x, 0, rows);
 }
 
 void CudaDevice::LaunchSample(int32_t rows) {

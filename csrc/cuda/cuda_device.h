@@ -13,6 +13,7 @@
 #include "cuda/decode_ring.h"
 #include "cuda/kernels.h"
 #include "cuda/persistent.h"
+#include "cuda/slot_uploads.h"
 #include "cuda/weights.h"
 #include "engine/device_plugin.h"
 
@@ -47,12 +48,14 @@ class CudaDevice {
   double MeasureReadBandwidth(uint64_t bytes, int32_t passes);
 
  private:
-  // Rows of a prefill pass through cuBLASLt, and without it: bounds the work space.
-  static constexpr int32_t kManyRows = 8192;
-  static constexpr int32_t kFewRows = 512;
   // Prompts of up to this many tokens are fed by the kernels of decode steps, longer ones through
   // cuBLASLt.
   static constexpr int32_t kShortPrompt = 64;
+  // Rows that a prefill is asked for at once, and that it adds, one for a long prompt's end; rows of a
+  // pass without cuBLASLt. They bound the work space.
+  static constexpr int32_t kManyRows = 8192;
+  static constexpr int32_t kLastRows = kManyRows / kShortPrompt;
+  static constexpr int32_t kFewRows = 512;
   static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
 
   // What the host knows of a sequence.
@@ -60,10 +63,10 @@ class CudaDevice {
     bool open = false;
     bool keep_logits = false;
     int32_t prompt_length = 0;
-    int32_t fed = 0;  // prompt tokens in the cache
+    int32_t fed = 0;        // prompt tokens in the cache
+    bool launched = false;  // any of its steps
     AheadResults ahead;
     std::vector<char*> pages;
-    DeviceMemory state;  // page table, then tokens
   };
   // float32 activations of a decode step, and of a prefill of few rows.
   struct LayerSpace {
@@ -94,6 +97,8 @@ class CudaDevice {
   void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
   void LaunchSample(int32_t rows);
   void LaunchStep(int32_t rows);
+  // The first step of long prompts, whose last rows a prefill has left: logits alone are to be made.
+  void LaunchFirst(int32_t rows);
   // Steps of few rows as one kernel, where the device and the network allow it.
   void PreparePersistent();
   bool RunsPersistent(int32_t rows) const;
@@ -103,14 +108,20 @@ class CudaDevice {
   // Launches until each of these slots that goes on has so many steps pending, or the ring is full of
   // others' and none of these waits. Logits [count, vocab] or null: of the sequences that keep them.
   void RunAhead(const int32_t* slots, size_t count, int32_t pending, float* logits);
-  // A step of step_slots_; the logits of a row go to its place in step_logits_, if that is not null.
-  void LaunchStepOfSlots();
+  // A step of step_slots_, the first one of all or of none; the logits of a row go to its place in
+  // step_logits_, if that is not null.
+  void LaunchStepOfSlots(bool first);
   // Waits for the oldest step in flight; for all, before what they use is replaced.
   void ReadStep();
   void ReadSteps();
 
   // Prefill, in one of two ways: as decode steps multiply, or through cuBLASLt.
   void FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted);
+  // Whether the slot's prompt goes through cuBLASLt, to its last token. It depends on the prompt alone,
+  // so that its bits do.
+  bool IsLong(int32_t slot) const;
+  // Whether the slot's next step is the first one of such a prompt.
+  bool IsFirst(int32_t slot) const;
   void FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted, bool many);
   void CopyLogits(const DeviceMemory& x, const std::vector<float*>& wanted, size_t begin,
                   size_t end);
@@ -141,7 +152,9 @@ class CudaDevice {
 
   std::vector<HostSlot> slots_;
   DeviceMemory device_slots_;
+  DeviceMemory last_rows_;  // [slots, hidden_stride_] of long prompts, before their first step
   size_t slot_capacity_ = 0;
+  SlotUploads uploads_;
 
   LayerSpace layer_space_;
   DecodeSpace decode_space_;
@@ -155,6 +168,7 @@ class CudaDevice {
   bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
   uint32_t persistent_steps_left_ = 0;              // before the exchange has to be zeroed
   DeviceMemory exchange_;
+  bool attention_stores_ = false;           // keys and values of a prefill through cuBLASLt
   std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
 };
 

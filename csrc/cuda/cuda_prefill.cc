@@ -1,6 +1,7 @@
 // Prompts into the cache, and logits of every position. A pass takes its rows through all layers; few
 // rows go through the kernels of decode steps, many through cuBLASLt.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "cuda/cuda_device.h"
@@ -29,39 +30,66 @@ std::vector<PrefillRun> RunsOf(const Row* rows, size_t count) {
 void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   Check(cudaSetDevice(index_), "choosing the device");
-  std::vector<Row> rows;
-  std::vector<float*> wanted;  // where the logits of a row go, or null
+  uploads_.Send(device_slots_.as<Slot>(), stream_);
+  size_t num_rows = 0;
+  bool any_wanted = false;
+  std::vector<int32_t> ends(count);  // of what is fed
   for (size_t c = 0; c < count; ++c) {
     const engine::PrefillChunk& chunk = chunks[c];
     const HostSlot& slot = At(chunk.slot);
     if (chunk.begin < 0 || chunk.count < 0 || chunk.begin + chunk.count > slot.prompt_length) {
       throw base::Error(FASTGEN_INTERNAL, "a prefill chunk lies outside its prompt");
     }
-    for (int32_t i = 0; i < chunk.count; ++i) {
-      rows.push_back({chunk.slot, chunk.begin + i});
-      wanted.push_back(chunk.logits ? chunk.logits + int64_t{i} * config_.vocab_size : nullptr);
+    // A long prompt's last token, which the caller leaves out, comes with those before it: its first step
+    // then needs no pass over the weights of the layers.
+    ends[c] = chunk.begin + chunk.count;
+    if (ends[c] + 1 == slot.prompt_length && IsLong(chunk.slot)) ++ends[c];
+    num_rows += static_cast<size_t>(ends[c] - chunk.begin);
+    any_wanted = any_wanted || chunk.logits;
+  }
+  std::vector<Row> rows;
+  std::vector<float*> wanted;  // where the logits of a row go, or null
+  rows.reserve(num_rows);
+  if (any_wanted) wanted.reserve(num_rows);
+  for (size_t c = 0; c < count; ++c) {
+    const engine::PrefillChunk& chunk = chunks[c];
+    for (int32_t position = chunk.begin; position < ends[c]; ++position) {
+      rows.push_back({chunk.slot, position});
+      if (!any_wanted) continue;
+      const int32_t i = position - chunk.begin;
+      wanted.push_back(chunk.logits && i < chunk.count
+                           ? chunk.logits + int64_t{i} * config_.vocab_size
+                           : nullptr);
     }
   }
   FeedRows(rows, wanted);
-  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = chunks[c].begin + chunks[c].count;
+  for (size_t c = 0; c < count; ++c) At(chunks[c].slot).fed = ends[c];
 }
 
-// `wanted` is empty where no logits are.
+bool CudaDevice::IsLong(int32_t slot) const {
+  return multiplier_ && slots_[static_cast<size_t>(slot)].prompt_length > kShortPrompt;
+}
+
+// `wanted` is empty where no logits are. Only logits are waited for: whatever comes after the rows is
+// in the same stream.
 void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*>& wanted) {
   ReadSteps();
   listed_.clear();
-  // Which way a row goes depends on its own prompt alone, so that its bits do.
-  std::vector<Row> parts[2];
-  std::vector<float*> part_wanted[2];
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const HostSlot& slot = slots_[static_cast<size_t>(rows[i].slot)];
-    const size_t part = multiplier_ && slot.prompt_length > kShortPrompt ? 1 : 0;
-    parts[part].push_back(rows[i]);
-    if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+  const auto is_long = [this](const Row& row) { return IsLong(row.slot); };
+  if (std::all_of(rows.begin(), rows.end(), is_long)) {
+    FeedPart(rows, wanted, true);
+  } else {
+    std::vector<Row> parts[2];
+    std::vector<float*> part_wanted[2];
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const size_t part = IsLong(rows[i].slot) ? 1 : 0;
+      parts[part].push_back(rows[i]);
+      if (!wanted.empty()) part_wanted[part].push_back(wanted[i]);
+    }
+    FeedPart(parts[0], part_wanted[0], false);
+    FeedPart(parts[1], part_wanted[1], true);
   }
-  FeedPart(parts[0], part_wanted[0], false);
-  FeedPart(parts[1], part_wanted[1], true);
-  Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+  if (!wanted.empty()) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
 
 void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
@@ -69,7 +97,7 @@ void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*
   // Before anything lies in the work space, which moves when it grows.
   const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
   if (any) ReserveDecode(kLogitsRows);
-  const auto most = static_cast<size_t>(many ? kManyRows : kFewRows);
+  const auto most = static_cast<size_t>(many ? kManyRows + kLastRows : kFewRows);
   for (size_t begin = 0; begin < rows.size(); begin += most) {
     const size_t end = std::min(begin + most, rows.size());
     const auto count = static_cast<int32_t>(end - begin);
@@ -217,6 +245,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     args.dtype = dtype;
     args.out = s.normed.as<>();
     args.ldo = hidden_stride_;
+    args.overlap = true;
     Check(LayerNorm(args, stream_), "launching a layer norm");
   };
   for (int32_t i = 0; i < config_.num_layers; ++i) {
@@ -225,19 +254,26 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     norm(layer.norm1);
     Multiply(layer.qkv, wide_bias ? layer.qkv.bias : layer.qkv_bias16, s.normed.as<>(),
              hidden_stride_, s.qkv.as<>(), qkv_stride_, dtype, rows, false, false);
-    QkvArgs qkv;
-    qkv.qkv = s.qkv.as<>();
-    qkv.ld = qkv_stride_;
-    qkv.dtype = dtype;
-    qkv.row_list = s.row_list.as<Row>();
-    qkv.slots = device_slots_.as<Slot>();
-    qkv.rows = rows;
-    qkv.cache = layout_;
-    qkv.layer = i;
-    Check(StoreQkv(qkv, stream_), "launching the store to the cache");
     PrefillAttentionArgs attention;
     attention.q = s.qkv.as<>();
     attention.ldq = qkv_stride_;
+    if (attention_stores_) {
+      const size_t width = Bytes(dtype, h);
+      attention.k = s.qkv.as<>() + width;
+      attention.v = s.qkv.as<>() + 2 * width;
+      attention.scale = 1.0f / std::sqrt(static_cast<float>(layout_.head_size));
+    } else {
+      QkvArgs qkv;
+      qkv.qkv = s.qkv.as<>();
+      qkv.ld = qkv_stride_;
+      qkv.dtype = dtype;
+      qkv.row_list = s.row_list.as<Row>();
+      qkv.slots = device_slots_.as<Slot>();
+      qkv.rows = rows;
+      qkv.cache = layout_;
+      qkv.layer = i;
+      Check(StoreQkv(qkv, stream_), "launching the store to the cache");
+    }
     attention.out = s.attended.as<>();
     attention.ldo = hidden_stride_;
     attention.dtype = dtype;
@@ -247,6 +283,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     attention.slots = device_slots_.as<Slot>();
     attention.cache = layout_;
     attention.layer = i;
+    attention.overlap = true;
     Check(PrefillAttention(attention, stream_), "launching attention");
     Multiply(layer.attention_out, layer.attention_out.bias, s.attended.as<>(), hidden_stride_,
              s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
@@ -257,6 +294,14 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     Multiply(layer.feed_forward_out, layer.feed_forward_out.bias, s.wide.as<>(), wide_stride_,
              s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
   }
+  LastRowsArgs last;
+  last.x = s.x.as<float>();
+  last.last = last_rows_.as<float>();
+  last.ld = hidden_stride_;
+  last.slots = device_slots_.as<Slot>();
+  last.runs = s.runs.as<PrefillRun>();
+  last.count = num_runs;
+  Check(KeepLastRows(last, stream_), "launching a prompt's end");
 }
 
 }  // namespace fastgen::cuda

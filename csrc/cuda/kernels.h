@@ -77,6 +77,7 @@ struct LayerNormArgs {
   DType dtype = DType::kFloat32;
   void* out = nullptr;  // [rows, ldo]
   int64_t ldo = 0;
+  bool overlap = false;  // may start before the kernel before it has ended, and then waits for it
 };
 cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream);
 
@@ -146,10 +147,15 @@ struct PrefillRun {
   int32_t count;
 };
 struct PrefillAttentionArgs {
-  const void* q = nullptr;  // [rows, ldq] of `dtype`, scaled
+  const void* q = nullptr;  // [rows, ldq] of `dtype`
   int64_t ldq = 0;
+  // Null: all keys and values are in the cache. Else the runs' own are here, [rows, ldq] of `dtype`,
+  // and are put into the cache on the way; see PrefillAttentionStores. Two runs are then of two slots.
+  const void* k = nullptr;
+  const void* v = nullptr;
   void* out = nullptr;  // [rows, ldo] of `dtype`
   int64_t ldo = 0;
+  float scale = 1.0f;  // of scores
   DType dtype = DType::kFloat16;
   const PrefillRun* runs = nullptr;  // device, [num_runs]
   int32_t num_runs = 0;
@@ -157,8 +163,26 @@ struct PrefillAttentionArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
+  bool overlap = false;  // as for LayerNorm
 };
 cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream);
+// Whether it takes `k` and `v`, whose rows must then begin at multiples of 16 bytes as q's.
+cudaError_t PrefillAttentionStores(DType dtype, const CacheLayout& cache, bool* stores);
+
+// What a prefill leaves of the last row of a prompt, for the step that gives the prompt's first token.
+struct LastRowsArgs {
+  float* x = nullptr;     // [rows, ld]
+  float* last = nullptr;  // [slots, ld]
+  int64_t ld = 0;         // a multiple of 4
+  const Slot* slots = nullptr;
+  const PrefillRun* runs = nullptr;  // [count] that KeepLastRows looks at
+  const Row* row_list = nullptr;     // [count] that TakeLastRows fills
+  int32_t count = 0;
+};
+// last[slot] = the row in x of the last token of the slot's prompt, of runs that hold it.
+cudaError_t KeepLastRows(const LastRowsArgs& args, cudaStream_t stream);
+// x[i] = last[row_list[i].slot], zero for padding.
+cudaError_t TakeLastRows(const LastRowsArgs& args, cudaStream_t stream);
 
 // ---- sample.cu ----------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ inline cudaError_t CompiledArchitecture(const void* kernel, int* architecture) {
 // process, so it is raised as far as the device allows: set to what one launch needs it would be too
 // low for another that a second thread is about to make.
 inline cudaError_t AllowSharedBytes(const void* kernel, size_t bytes) {
+  if (bytes == 0) return cudaSuccess;
   cudaFuncAttributes attributes;
   cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;
@@ -131,11 +132,11 @@ inline int32_t ClustersAtOnce(const void* kernel, int32_t bits, int32_t threads,
   return clusters;
 }
 
+// A kernel that may have so much shared memory already.
 template <typename Args>
-cudaError_t Launch(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream, Args args) {
+cudaError_t LaunchAllowed(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream,
+                          Args args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t status = AllowSharedBytes(function, shape.shared_bytes);
-  if (status != cudaSuccess) return status;
   void* pointers[] = {&args};
   const dim3 block(static_cast<unsigned>(shape.threads));
 #if FASTGEN_CUDA_HAS_CLUSTERS
@@ -151,6 +152,14 @@ cudaError_t Launch(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t 
 #else
   return cudaLaunchKernel(function, shape.grid, block, pointers, shape.shared_bytes, stream);
 #endif
+}
+
+template <typename Args>
+cudaError_t Launch(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream, Args args) {
+  const cudaError_t status =
+      AllowSharedBytes(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  if (status != cudaSuccess) return status;
+  return LaunchAllowed(kernel, shape, stream, args);
 }
 
 #ifdef __CUDACC__

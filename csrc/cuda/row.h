@@ -68,21 +68,49 @@ __device__ inline float4 LoadFour(DType dtype, const void* data, int64_t index) 
                      BrainToFloat(bits[3]));
 }
 
+#if FASTGEN_ARCH_HAS_MMA_K16
+// x where it is at most `most` from zero, else the end of the range; NaN stays.
+__device__ inline float Clamp(float x, float most) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-most));
+  return x;
+}
+#endif
+
+// Two numbers as a pair of 16 bits, the first in the lower half.
+__device__ inline uint32_t HalfPair(float low, float high) {
+#if FASTGEN_ARCH_HAS_MMA_K16
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+      : "=r"(pair)
+      : "f"(Clamp(high, 65504.0f)), "f"(Clamp(low, 65504.0f)));
+  return pair;
+#else
+  return FloatToHalf(low) | static_cast<uint32_t>(FloatToHalf(high)) << 16;
+#endif
+}
+
+__device__ inline uint32_t BrainPair(float low, float high) {
+#if FASTGEN_ARCH_HAS_MMA_K16
+  constexpr float kMost = 3.3895313892515355e38f;  // the largest bfloat16
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+      : "=r"(pair)
+      : "f"(Clamp(high, kMost)), "f"(Clamp(low, kMost)));
+  return pair;
+#else
+  return FloatToBrain(low) | static_cast<uint32_t>(FloatToBrain(high)) << 16;
+#endif
+}
+
 __device__ inline void StoreFour(DType dtype, void* data, int64_t index, float4 x) {
   if (dtype == DType::kFloat32) {
     *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = x;
     return;
   }
-  uint32_t bits[4];
-  if (dtype == DType::kFloat16) {
-    bits[0] = FloatToHalf(x.x), bits[1] = FloatToHalf(x.y);
-    bits[2] = FloatToHalf(x.z), bits[3] = FloatToHalf(x.w);
-  } else {
-    bits[0] = FloatToBrain(x.x), bits[1] = FloatToBrain(x.y);
-    bits[2] = FloatToBrain(x.z), bits[3] = FloatToBrain(x.w);
-  }
   *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + index) =
-      make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+      dtype == DType::kFloat16 ? make_uint2(HalfPair(x.x, x.y), HalfPair(x.z, x.w))
+                               : make_uint2(BrainPair(x.x, x.y), BrainPair(x.z, x.w));
 }
 
 // ---- rows of a batch ----------------------------------------------------------------------------
@@ -130,10 +158,12 @@ __device__ inline float WarpSum(float x) {
   return x;
 }
 
-// Columns k to k + 3 of a row, zero from `size` on.
+// Columns k to k + 3 of a row, zero from `size` on. kFours: `size` is a multiple of 4.
+template <bool kFours = false>
 __device__ inline float4 NormFour(const float* x, int32_t k, int32_t size) {
   float4 four = make_float4(0, 0, 0, 0);
   if (k < size) four = *reinterpret_cast<const float4*>(x + k);
+  if (kFours) return four;
   if (k + 1 >= size) four.y = 0;
   if (k + 2 >= size) four.z = 0;
   if (k + 3 >= size) four.w = 0;
@@ -142,10 +172,11 @@ __device__ inline float4 NormFour(const float* x, int32_t k, int32_t size) {
 
 constexpr int kNormLoads = 8;  // under way at once, of a lane
 
+template <bool kFours = false>
 __device__ inline void ReadNormPart(const float* x, int32_t first, int32_t size,
                                     float4 (&part)[kNormLoads]) {
 #pragma unroll
-  for (int i = 0; i < kNormLoads; ++i) part[i] = NormFour(x, first + i * 128, size);
+  for (int i = 0; i < kNormLoads; ++i) part[i] = NormFour<kFours>(x, first + i * 128, size);
 }
 
 __device__ inline float NormSum(const float4 (&part)[kNormLoads], float sum) {
@@ -156,15 +187,16 @@ __device__ inline float NormSum(const float4 (&part)[kNormLoads], float sum) {
   return sum;
 }
 
+template <bool kFours = false>
 __device__ inline float NormSquares(const float4 (&part)[kNormLoads], float mean, int32_t first,
                                     int32_t size, float sum) {
 #pragma unroll
   for (int i = 0; i < kNormLoads; ++i) {
     const int32_t k = first + i * 128;
     const float a = k < size ? part[i].x - mean : 0.0f;
-    const float b = k + 1 < size ? part[i].y - mean : 0.0f;
-    const float c = k + 2 < size ? part[i].z - mean : 0.0f;
-    const float d = k + 3 < size ? part[i].w - mean : 0.0f;
+    const float b = (kFours ? k : k + 1) < size ? part[i].y - mean : 0.0f;
+    const float c = (kFours ? k : k + 2) < size ? part[i].z - mean : 0.0f;
+    const float d = (kFours ? k : k + 3) < size ? part[i].w - mean : 0.0f;
     sum += fmaf(a, a, __fmul_rn(b, b)) + fmaf(c, c, __fmul_rn(d, d));
   }
   return sum;
@@ -172,24 +204,31 @@ __device__ inline float NormSquares(const float4 (&part)[kNormLoads], float mean
 
 // By one warp, all lanes of which get the result. Sums in an order that depends on `size` alone;
 // products are joined with sums by hand, so that every kernel does it alike. Reads float4s up to
-// `size` rounded up to 4.
-__device__ inline NormSums SumsOf(const float* x, int32_t size, float eps, int32_t lane) {
+// `size` rounded up to 4, and leaves in `part` what ReadNormPart gives from the lane's first column.
+template <bool kFours = false, bool kOnePart = false>
+__device__ inline NormSums SumsOf(const float* x, int32_t size, float eps, int32_t lane,
+                                  float4 (&part)[kNormLoads]) {
   constexpr int32_t kStride = kNormLoads * 128;
   const float count = static_cast<float>(size);
-  float4 part[kNormLoads];
+  float4 other[kNormLoads];
   float sum = 0.0f;
-  for (int32_t first = kStride; first < size; first += kStride) {
-    ReadNormPart(x, first + lane * 4, size, part);
-    sum = NormSum(part, sum);
+  for (int32_t first = kStride; !kOnePart && first < size; first += kStride) {
+    ReadNormPart<kFours>(x, first + lane * 4, size, other);
+    sum = NormSum(other, sum);
   }
-  ReadNormPart(x, lane * 4, size, part);
+  ReadNormPart<kFours>(x, lane * 4, size, part);
   const float mean = WarpSum(NormSum(part, sum)) / count;
-  float squares = NormSquares(part, mean, lane * 4, size, 0.0f);
-  for (int32_t first = kStride; first < size; first += kStride) {
-    ReadNormPart(x, first + lane * 4, size, part);
-    squares = NormSquares(part, mean, first + lane * 4, size, squares);
+  float squares = NormSquares<kFours>(part, mean, lane * 4, size, 0.0f);
+  for (int32_t first = kStride; !kOnePart && first < size; first += kStride) {
+    ReadNormPart<kFours>(x, first + lane * 4, size, other);
+    squares = NormSquares<kFours>(other, mean, first + lane * 4, size, squares);
   }
   return NormSums{mean, 1.0f / sqrtf(WarpSum(squares) / count + eps)};
+}
+
+__device__ inline NormSums SumsOf(const float* x, int32_t size, float eps, int32_t lane) {
+  float4 part[kNormLoads];
+  return SumsOf(x, size, eps, lane, part);
 }
 
 // A column of a row, normed; `weight` and `bias` are the norm's, of that column.

@@ -12,7 +12,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 
 // Columns k to k + 3 of output n; k is a multiple of 4 and below `in`. Rows are 16 bytes at least.
 __device__ float4 WeightFour(const Matrix& w, int64_t n, int32_t k) {
@@ -65,29 +64,65 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
   }
 }
 
-// A row per warp.
-__global__ void __launch_bounds__(kThreads) LayerNormKernel(const LayerNormArgs args) {
-  const int32_t row = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int32_t lane = threadIdx.x % 32;
-  if (row >= args.rows) return;
-  const float* x = args.x + row * args.ldx;
-  const NormSums sums = SumsOf(x, args.size, args.norm.eps, lane);
-  char* out = static_cast<char*>(args.out) + row * args.ldo * ElementBytes(args.dtype);
-  for (int32_t k = lane * 4; k < args.ldo; k += 128) {
-    float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (k < args.size) {
-      const float4 four = *reinterpret_cast<const float4*>(x + k);
-      const float part[4] = {four.x, four.y, four.z, four.w};
-      float normed[4];
+// Few warps a block, so that few rows are on many multiprocessors too; each takes a row at a time.
+constexpr int kNormThreads = 128;
+constexpr int32_t kNormWarps = kNormThreads / 32;
+constexpr int32_t kNormBlocks = 512;  // fill the largest device
+
+__device__ float4 NormedFour(float4 x, NormSums sums, float4 weight, float4 bias) {
+  return make_float4(Normed(x.x, sums, weight.x, bias.x), Normed(x.y, sums, weight.y, bias.y),
+                     Normed(x.z, sums, weight.z, bias.z), Normed(x.w, sums, weight.w, bias.w));
+}
+
+// Rows whose columns a warp reads at once: nothing is read twice, and the norm before its time has come.
+template <DType kType>
+__global__ void __launch_bounds__(kNormThreads) ShortNormKernel(const LayerNormArgs args) {
+  const int32_t first = threadIdx.x % 32 * 4;
+  float4 weight[kNormLoads], bias[kNormLoads];
+  ReadNormPart<true>(args.norm.weight, first, args.size, weight);
+  ReadNormPart<true>(args.norm.bias, first, args.size, bias);
+  WaitForGrid();
+  for (int32_t row = blockIdx.x * kNormWarps + threadIdx.x / 32; row < args.rows;
+       row += gridDim.x * kNormWarps) {
+    float4 x[kNormLoads];
+    const NormSums sums =
+        SumsOf<true, true>(args.x + row * args.ldx, args.size, args.norm.eps, threadIdx.x % 32, x);
+    char* out = static_cast<char*>(args.out) + row * args.ldo * ElementBytes(kType);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        normed[j] = k + j < args.size ? Normed(part[j], sums, __ldg(args.norm.weight + k + j),
-                                               __ldg(args.norm.bias + k + j))
-                                      : 0.0f;
-      }
-      y = make_float4(normed[0], normed[1], normed[2], normed[3]);
+    for (int i = 0; i < kNormLoads; ++i) {
+      const int32_t k = first + i * 128;
+      if (k >= args.ldo) continue;
+      const float4 y = NormedFour(x[i], sums, weight[i], bias[i]);
+      StoreFour(kType, out, k, k < args.size ? y : make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     }
-    StoreFour(args.dtype, out, k, y);
+  }
+}
+
+// kFours: `size` is a multiple of 4, and the norm's vectors are aligned.
+template <bool kFours>
+__global__ void __launch_bounds__(kNormThreads) LayerNormKernel(const LayerNormArgs args) {
+  WaitForGrid();
+  for (int32_t row = blockIdx.x * kNormWarps + threadIdx.x / 32; row < args.rows;
+       row += gridDim.x * kNormWarps) {
+    const int32_t lane = threadIdx.x % 32;
+    const float* x = args.x + row * args.ldx;
+    float4 part[kNormLoads];
+    const NormSums sums = SumsOf<kFours>(x, args.size, args.norm.eps, lane, part);
+    char* out = static_cast<char*>(args.out) + row * args.ldo * ElementBytes(args.dtype);
+    for (int32_t k = lane * 4; k < args.ldo; k += 128) {
+      float4 weight = make_float4(0.0f, 0.0f, 0.0f, 0.0f), bias = weight;
+      if (kFours) {
+        weight = NormFour<true>(args.norm.weight, k, args.size);
+        bias = NormFour<true>(args.norm.bias, k, args.size);
+      } else {
+        for (int j = 0; j < 4 && k + j < args.size; ++j) {
+          (&weight.x)[j] = __ldg(args.norm.weight + k + j);
+          (&bias.x)[j] = __ldg(args.norm.bias + k + j);
+        }
+      }
+      const float4 y = NormedFour(NormFour<kFours>(x, k, args.size), sums, weight, bias);
+      StoreFour(args.dtype, out, k, CutAt(y, k, args.size));
+    }
   }
 }
 
@@ -141,6 +176,26 @@ __global__ void __launch_bounds__(kThreads) QkvKernel(const QkvTask task) {
   }
 }
 
+__global__ void __launch_bounds__(kThreads) KeepLastKernel(const LastRowsArgs args) {
+  const PrefillRun run = args.runs[blockIdx.x];
+  if (run.slot < 0 || run.begin + run.count != args.slots[run.slot].prompt_length) return;
+  const float* from = args.x + (run.first_row + run.count - 1) * args.ld;
+  float* to = args.last + run.slot * args.ld;
+  for (int32_t k = threadIdx.x * 4; k < args.ld; k += kThreads * 4) {
+    *reinterpret_cast<float4*>(to + k) = *reinterpret_cast<const float4*>(from + k);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) TakeLastKernel(const LastRowsArgs args) {
+  const int32_t slot = args.row_list[blockIdx.x].slot;
+  float* to = args.x + blockIdx.x * args.ld;
+  for (int32_t k = threadIdx.x * 4; k < args.ld; k += kThreads * 4) {
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (slot >= 0) four = *reinterpret_cast<const float4*>(args.last + slot * args.ld + k);
+    *reinterpret_cast<float4*>(to + k) = four;
+  }
+}
+
 struct DequantizeTask {
   Matrix w;
   DType dtype;
@@ -174,9 +229,21 @@ cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream) {
 cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((args.rows + kWarps - 1) / kWarps));
-  shape.threads = kThreads;
-  return Launch(LayerNormKernel, shape, stream, args);
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min((args.rows + kNormWarps - 1) / kNormWarps, kNormBlocks)));
+  shape.threads = kNormThreads;
+  shape.overlap = args.overlap;
+  const bool fours = args.size % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(args.norm.weight) % 16 == 0 &&
+                     reinterpret_cast<uintptr_t>(args.norm.bias) % 16 == 0;
+  if (!fours) return Launch(LayerNormKernel<false>, shape, stream, args);
+  if (args.ldo > kNormLoads * 128) return Launch(LayerNormKernel<true>, shape, stream, args);
+  switch (args.dtype) {
+    case DType::kFloat32: return Launch(ShortNormKernel<DType::kFloat32>, shape, stream, args);
+    case DType::kFloat16: return Launch(ShortNormKernel<DType::kFloat16>, shape, stream, args);
+    case DType::kBFloat16: return Launch(ShortNormKernel<DType::kBFloat16>, shape, stream, args);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {
@@ -189,6 +256,22 @@ cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {
   task.query_divisor = std::sqrt(static_cast<float>(args.cache.head_size));
   return args.cache.head_size % 4 == 0 ? Launch(QkvKernel<true>, shape, stream, task)
                                        : Launch(QkvKernel<false>, shape, stream, task);
+}
+
+cudaError_t KeepLastRows(const LastRowsArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.count));
+  shape.threads = kThreads;
+  return Launch(KeepLastKernel, shape, stream, args);
+}
+
+cudaError_t TakeLastRows(const LastRowsArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.count));
+  shape.threads = kThreads;
+  return Launch(TakeLastKernel, shape, stream, args);
 }
 
 cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cudaStream_t stream) {

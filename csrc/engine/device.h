@@ -97,8 +97,8 @@ class Device {
   // cache so far. `to` has fewer of its own, and goes on from there.
   virtual void CopyPrefix(int32_t from, int32_t to, int32_t count) = 0;
 
-  // Feeds every slot its newest token (at first what Prefill left out: the prompt's last token, and
-  // those before it that are not in the cache) and samples the next, up to `max_steps` times;
+  // Feeds every slot its newest token (at first what Prefill was not asked for: the prompt's last token,
+  // and those before it that are not in the cache) and samples the next, up to `max_steps` times;
   // returns the steps done, at least 1. It may run ahead of the caller: a sequence's tokens do not
   // depend on what is decoded beside it, so they can be kept until they are asked for.
   // results [max_steps, count]; logits [max_steps, count, vocab] or null: rows of the sequences that

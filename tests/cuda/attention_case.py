@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,7 +35,8 @@ def structures(items: Sequence[ctypes.Structure]) -> Buffer:
 class Sequences:
     """Sequences of given lengths, whose pages lie in any order among others.
 
-    What no query may see (other layers, positions at or after `length`, pages of nobody) is NaN.
+    What no query may see (other layers, positions at or after `length`, pages of nobody) is NaN,
+    and so are positions of sequences that are `missing` yet.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Sequences:
         seed: int = 0,
         finished: Sequence[int] = (),
         scale: float = 1.0,
+        missing: Mapping[int, range] | None = None,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.lengths, self.heads, self.head_size, self.dtype = lengths, heads, head_size, dtype
@@ -63,7 +65,7 @@ class Sequences:
         self.keys: list[Array] = []
         self.values: list[Array] = []
         page_lists: list[list[int]] = []
-        for length, page_count in zip(lengths, page_counts):
+        for index, (length, page_count) in enumerate(zip(lengths, page_counts)):
             own = [int(order.pop()) for _ in range(page_count)]
             page_lists.append(own)
             for kv, store in ((0, self.keys), (1, self.values)):
@@ -72,6 +74,8 @@ class Sequences:
                 store.append(decode(elements, dtype))
                 back = store[-1].astype(np.float32)
                 for position in range(length):
+                    if position in (missing or {}).get(index, ()):
+                        continue
                     page = pool[own[position // ops.PAGE], self.layer, kv, :, position % ops.PAGE]
                     page[:, :head_size] = back[position]
                     page[:, head_size:] = 0.0
@@ -96,6 +100,10 @@ class Sequences:
             slot.pages = self._table.pointer + 8 * starts[index]
             slots.append(slot)
         self.slots = structures(slots)
+
+    def pool(self) -> Array:
+        """All pages, as they are now."""
+        return self._pool.numpy()
 
     def attend(self, slot: int, query: Array, visible: int) -> Array:
         """What a query [heads, head_size] sees in the first positions, in float64."""

@@ -222,6 +222,7 @@ def bench_prefill(library: ops.Library, batch: int, length: int, dtype: str) -> 
                     ldq=WIDTH,
                     out=out.data_ptr(),
                     ldo=WIDTH,
+                    scale=1.0,
                     dtype=DTYPES[dtype],
                     runs=runs.pointer,
                     num_runs=batch,

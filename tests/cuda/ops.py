@@ -130,6 +130,7 @@ class LayerNormArgs(ctypes.Structure):
         ("dtype", _i32),
         ("out", _ptr),
         ("ldo", _i64),
+        ("overlap", ctypes.c_bool),
     ]
 
 
@@ -173,8 +174,11 @@ class PrefillAttentionArgs(ctypes.Structure):
     _fields_ = [
         ("q", _ptr),
         ("ldq", _i64),
+        ("k", _ptr),
+        ("v", _ptr),
         ("out", _ptr),
         ("ldo", _i64),
+        ("scale", _f32),
         ("dtype", _i32),
         ("runs", _ptr),
         ("num_runs", _i32),
@@ -182,6 +186,7 @@ class PrefillAttentionArgs(ctypes.Structure):
         ("slots", _ptr),
         ("cache", CacheLayout),
         ("layer", _i32),
+        ("overlap", ctypes.c_bool),
     ]
 
 

@@ -82,22 +82,38 @@ def run_prefill(
     q: Array,
     dtype: str,
     spare: int = 0,
+    scale: float = 1.0,
+    fresh: bool = False,
 ) -> Array:
-    """Outputs [rows, heads, head_size] of runs (slot, first_row, begin, count), as elements."""
+    """Outputs [rows, heads, head_size] of runs (slot, first_row, begin, count), as elements.
+
+    `fresh`: the runs' keys and values come in the rows of the queries.
+    """
     rows, width = q.shape[0], cache.heads * cache.head_size
     padded = encode(np.full((rows, width + spare), np.float32(POISON)), dtype)
     out = Buffer(padded.copy())
     poison = padded[0, 0]
-    padded[:, :width] = encode(q.reshape(rows, width), dtype)
-    query = Buffer(padded)
+    columns = 3 * width if fresh else width
+    inputs = encode(np.full((rows, columns + spare), np.float32(np.nan)), "float32")
+    inputs[:, :width] = q.reshape(rows, width)
+    if fresh:
+        for slot, first, begin, count in runs:
+            for part, store in ((1, cache.keys), (2, cache.values)):
+                numbers = store[slot][begin : begin + count].reshape(-1, width)
+                inputs[first : first + count, part * width : (part + 1) * width] = numbers
+    query = Buffer(encode(inputs, dtype))
+    element = 4 if dtype == "float32" else 2
     run_list = structures([ops.PrefillRun(*run) for run in runs])
     library.call(
         "prefill_attention",
         ops.PrefillAttentionArgs(
             q=query.pointer,
-            ldq=width + spare,
+            ldq=columns + spare,
+            k=query.pointer + width * element if fresh else None,
+            v=query.pointer + 2 * width * element if fresh else None,
             out=out.pointer,
             ldo=width + spare,
+            scale=scale,
             dtype=DTYPES[dtype],
             runs=run_list.pointer,
             num_runs=len(runs),
@@ -331,3 +347,30 @@ def test_prefill_bits_depend_on_the_query_alone(library: Any, dtype: str) -> Non
     pieces = [(4, 0, 0, 7), (4, 7, 7, 100), (4, 107, 107, 193)]
     cut = run_prefill(library, cache, pieces, q[1200:1500], dtype)
     np.testing.assert_array_equal(cut, together[1200:1500])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_size", [8, 64, 80, 128, 200])
+def test_prefill_stores_its_keys(library: Any, dtype: str, head_size: int) -> None:
+    """Keys and values from the rows give the bits of those in the cache, and come into it."""
+    lengths = [1, 47, 95, 279, 700]
+    runs = [(0, 0, 0, 1), (1, 1, 0, 47), (2, 50, 30, 65), (3, 122, 129, 150), (4, 280, 0, 700)]
+    whole = Sequences(lengths, 2, head_size, dtype)
+    missing = {slot: range(begin, begin + count) for slot, _, begin, count in runs}
+    cache = Sequences(lengths, 2, head_size, dtype, missing=missing)
+    q = queries(980, whole) * np.float32(8)
+    expected = run_prefill(library, whole, runs, q, dtype, spare=8, scale=0.125)
+    actual = run_prefill(library, cache, runs, q, dtype, spare=8, scale=0.125, fresh=True)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(cache.pool().view(np.uint16), whole.pool().view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_prefill_scales_scores(library: Any, dtype: str) -> None:
+    cache = Sequences(RUN_LENGTHS, 2, 64, dtype)
+    q = queries(280, cache)
+    plain = run_prefill(library, cache, RUNS, q, dtype)
+    scaled = run_prefill(library, cache, RUNS, q * np.float32(8), dtype, scale=0.125)
+    for _, first, _, count in (run for run in RUNS if run[0] >= 0):
+        rows = slice(first, first + count)
+        np.testing.assert_array_equal(scaled[rows], plain[rows])

@@ -163,6 +163,60 @@ def test_rows_do_not_depend_on_each_other(dtype: str) -> None:
             assert error < (1e-30 if dtype == "float32" else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int4"])
+@pytest.mark.parametrize(
+    "shape",
+    [GPTShape(503, 512, 64, 2, 4, 256), GPTShape(503, 512, 1024, 1, 16, 4096)],
+    ids=lambda s: f"h{s.hidden_size}",
+)
+def test_long_prompts_do_not_depend_on_each_other(shape: GPTShape, dtype: str) -> None:
+    """Prompts that go through cuBLASLt, alone and beside so many others that other algorithms may
+    serve them; with all of them a pass ends within a prompt."""
+    tensors = make_tensors(shape, WeightRecipe(6))
+    options = GenerationOptions(max_length=2, eos_token_id=-1)
+    prompts = [prompt(shape, 65 + 97 * i % 440, i) for i in range(40)]
+    with (
+        EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda,
+        kernels_only(),
+    ):
+        together = cuda.generate(prompts, options, keep_logits=True)
+        for few in (1, 4):
+            for i in range(0, 40 - few, 9):
+                part = cuda.generate(prompts[i : i + few], options, keep_logits=True)
+                for ours, theirs in zip(part, together[i:]):
+                    assert ours.tokens == theirs.tokens
+                    assert (logits_of(ours) == logits_of(theirs)).all()
+        for i in range(0, 40, 13):
+            assert (logits_of(together[i])[0] == cuda.logits(prompts[i])[-1]).all()
+
+
+@pytest.mark.parametrize("length", [65, 96, 97, 128, 129, 200])
+def test_copies_of_a_long_prompt(length: int) -> None:
+    """All begin from what its only prefill left, also those that come when others are under way."""
+    shape = GPTShape(503, 256, 64, 2, 4, 256)
+    options = GenerationOptions(
+        max_length=12, decode_strategy="sampling", top_k=20, eos_token_id=-1
+    )
+    many = replace(options, num_return_sequences=7)
+    tokens = prompt(shape, length)
+    with (
+        EngineModel(shape, make_tensors(shape, WeightRecipe(7)), device="cuda") as cuda,
+        kernels_only(),
+    ):
+        alone = [cuda.generate([tokens], options, 3, first_sequence=i)[0] for i in range(7)]
+        copies = cuda.generate([tokens], many, 3, keep_logits=True)
+        assert [s.tokens for s in copies] == [s.tokens for s in alone]
+        assert all((logits_of(s)[0] == logits_of(copies[0])[0]).all() for s in copies)
+        assert nmse(logits_of(copies[0])[:1], cuda.logits(tokens)[-1:]) == 0
+        with cuda.session() as session:
+            ids = session.submit(tokens, options, 3, 0)
+            session.step(5)
+            ids += session.submit(tokens, options, 3, 1) + session.submit(tokens, options, 3, 2)
+            while session.step(1):
+                pass
+            assert [session.get(i).tokens for i in ids] == [s.tokens for s in alone[:3]]
+
+
 def test_large_activations_do_not_overflow() -> None:
     shape = GPTShape(200, 64, 64, 2, 4, 256)
     tensors = make_tensors(shape, WeightRecipe(3))
