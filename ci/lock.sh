@@ -57,5 +57,6 @@ resolve docs run docs
 resolve paddle26 run test paddle26
 resolve paddle33 run test paddle33
 resolve paddle26gpu run test paddle26gpu
+resolve paddle25gpu run test paddle25gpu
 bounds=("${beside_paddle[@]}")
 resolve bench run bench

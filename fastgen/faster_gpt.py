@@ -12,9 +12,8 @@ from typing import Any, Union
 
 import numpy as np
 import paddle
-from paddle.base import core
-from paddle.base.layer_helper import LayerHelper
 
+from fastgen._paddle_compat import LayerHelper, convert_into_variable, core
 from fastgen.errors import InvalidArgumentError
 from fastgen.jit import OP_NAME, OpLibrary, load_op_library
 from fastgen.options import GenerationOptions
@@ -226,7 +225,8 @@ class FasterGPT(paddle.nn.Layer):
             changes.setdefault(name, reference.get(name))
         changes.setdefault("repetition_penalty", reference.get("repetition_penalty", 1.0))
         if "min_length" not in changes:
-            new_tokens = reference.get("min_new_tokens")
+            # The second is PaddleNLP's name of it up to 2.7.
+            new_tokens = reference.get("min_new_tokens") or reference.get("min_new_token")
             changes["min_length"] = new_tokens or reference.get("min_length", 0)
         options = GenerationOptions.from_kwargs(self._defaults, **changes)
         if options.pad_token_id is None and options.eos_token_id is not None:
@@ -274,7 +274,7 @@ class FasterGPT(paddle.nn.Layer):
         named = list(self.model.named_parameters())
         weights = [parameter for _, parameter in named]
         if _is_static():
-            weights = [_static_parameter(weight) for weight in weights]
+            weights = [convert_into_variable(weight) for weight in weights]
         return [name for name, _ in named], weights
 
     def _shape(self) -> dict[str, Any]:
@@ -515,14 +515,7 @@ def _static_prompts(input_ids: Any, seq_len: Any, attention_mask: Any) -> tuple[
     return ids, paddle.cast(length, "int64")
 
 
-def _static_parameter(parameter: Any) -> Any:
-    """The program's variable for a parameter of the model."""
-    from paddle.base.dygraph.base import _convert_into_variable
-
-    return _convert_into_variable(parameter)
-
-
 def _run_custom_op() -> Any:
-    # Paddle 3 has it in _C_ops, Paddle 2.6 in the core.
+    # Paddle 3 has it in _C_ops, Paddle 2 in the core.
     run = getattr(paddle._C_ops, "_run_custom_op", None)
     return run if run is not None else core.eager._run_custom_op

@@ -241,17 +241,19 @@ def generate_paddlenlp(
     rows: list[list[int]] = []
     scores: list[float] = []
     seconds = 0.0
+    # PaddleNLP up to 2.7 has the last one, 2.8 the second.
+    names = ("min_length", "min_new_tokens", "min_new_token")
+    min_names = [name for name in names if hasattr(model.generation_config, name)]
     for batch in _equal_lengths(prompt_ids, batch_size):
         begin = time.perf_counter()
         with paddle.no_grad():
             ids, batch_scores = model.generate(
                 paddle.to_tensor(np.asarray(batch, dtype=np.int64)),
                 decode_strategy=options.decode_strategy,
-                # Both spellings: with one, PaddleNLP takes the other from its defaults.
+                # All spellings: with one, PaddleNLP takes the others from its defaults.
                 max_length=options.max_length,
                 max_new_tokens=options.max_length,
-                min_length=options.min_length,
-                min_new_tokens=options.min_length,
+                **dict.fromkeys(min_names, options.min_length),
                 top_k=options.top_k,
                 top_p=top_p,
                 temperature=options.temperature,

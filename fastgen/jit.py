@@ -32,6 +32,7 @@ import paddle
 from tqdm import tqdm
 
 from fastgen import _capi
+from fastgen._paddle_compat import OpProtoHolder, core, core_library
 from fastgen.errors import InternalError, LibraryError, NotFoundError
 
 __all__ = [
@@ -93,10 +94,10 @@ def running_paddle() -> PaddleBuild:
 def _cxx11_abi() -> str:
     """Which std::string Paddle was built with: "1" is the one of C++11."""
     libraries = Path(paddle.sysconfig.get_lib())
-    core = libraries.parent / "base" / "libpaddle.so"
-    candidates = [path for path in (libraries / "libcommon.so", core) if path.is_file()]
+    whole = core_library()
+    candidates = [path for path in (libraries / "libcommon.so", whole) if path.is_file()]
     if not candidates:
-        raise LibraryError(f"Paddle's libraries were not found in {libraries} nor at {core}")
+        raise LibraryError(f"Paddle's libraries were not found in {libraries} nor at {whole}")
     with _mapped(candidates[0]) as data:
         return "1" if data.find(b"__cxx1112basic_string") >= 0 else "0"
 
@@ -229,7 +230,6 @@ def _compiler_version(compiler: list[str]) -> str:
 def _command(compiler: list[str], build: PaddleBuild, output: Path) -> list[str]:
     sources, include = _sources()
     headers = Path(paddle.sysconfig.get_include())
-    core = Path(paddle.sysconfig.get_lib()).parent / "base"
     library = _capi.library_path()
     return [
         *compiler,
@@ -245,7 +245,7 @@ def _command(compiler: list[str], build: PaddleBuild, output: Path) -> list[str]
         str(output),
         str(library),
         f"-Wl,-rpath,{library.parent}",
-        f"-L{core}",
+        f"-L{core_library().parent}",
         "-Wl,--no-as-needed",
         "-l:libpaddle.so",
         "-Wl,--as-needed",
@@ -505,9 +505,6 @@ def _installed() -> Path | None:
 
 
 def _register(path: Path) -> None:
-    from paddle.base import core
-    from paddle.base.framework import OpProtoHolder
-
     protos = OpProtoHolder.instance()
     if OP_NAME in protos.op_proto_map:
         raise LibraryError(
@@ -519,7 +516,7 @@ def _register(path: Path) -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise LibraryError(f"the op library {path} cannot be loaded: {reason[0]}") from error
-    # Paddle 2.6 returns nothing and looks at all ops again.
+    # Paddle 2 returns nothing and looks at all ops again.
     if names is None:
         protos.update_op_proto()
     else:

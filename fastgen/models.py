@@ -151,11 +151,15 @@ def _file_names(name: str) -> list[str]:
 
 
 def _urls(name: str, transformers: Any) -> dict[str, str]:
-    """Where the installed PaddleNLP gets the files of a model from."""
-    from paddlenlp.utils.download.bos_download import bos_url
+    """Where the installed PaddleNLP gets the files of a model from, as far as it tells."""
+    urls = {}
+    try:
+        from paddlenlp.utils.download.bos_download import bos_url
 
-    urls = {"config.json": bos_url(repo_id=name, filename="config.json")}
-    weights = transformers.GPTLMHeadModel.pretrained_resource_files_map["model_state"]
+        urls["config.json"] = bos_url(repo_id=name, filename="config.json")
+    except ModuleNotFoundError:  # PaddleNLP up to 2.7 makes it up where it downloads
+        pass
+    weights = transformers.GPTLMHeadModel.pretrained_resource_files_map.get("model_state", {})
     urls["model_state.pdparams"] = weights.get(name, "")
     tokenizer_class = getattr(transformers, _tokenizer_class(name))
     for key, file in tokenizer_class.resource_files_names.items():

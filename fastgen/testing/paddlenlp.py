@@ -4,6 +4,12 @@ Everything is PaddleNLP's: the network, the logits processors, the filters, the 
 call is replaced, the final ``paddle.multinomial``: instead of Paddle's hidden generator it takes
 the inverse CDF with the Philox draw of (seed, sequence, step), so that tokens can be compared one
 by one. What PaddleNLP saw at every step is recorded beside the tokens.
+
+The reference is PaddleNLP 2.8, whose greedy search takes the largest logit and averages the logits
+that it took. Up to 2.7, the last that has a GPT for Paddle 2.5, it goes by the logarithms of
+probabilities, where rounding separates equal logits. There a second call is replaced, greedy
+search's ``paddle.argmax``, by the largest logit that PaddleNLP saw, and only within that rounding;
+scores of greedy search are worked out.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import paddle
+import paddlenlp
 from paddlenlp.generation import GenerationConfig
 from paddlenlp.transformers import GPTConfig, GPTLMHeadModel
 
@@ -26,7 +33,18 @@ from fastgen.testing.models import GPTShape, Tensors
 from fastgen.testing.philox import uniform
 from fastgen.testing.sampling import inverse_cdf, token_or_none
 
-__all__ = ["PaddleNLPReference", "ReferenceSequence", "generate", "group_by_length"]
+__all__ = [
+    "GREEDY_BY_LOGITS",
+    "PaddleNLPReference",
+    "ReferenceSequence",
+    "generate",
+    "group_by_length",
+]
+
+_VERSION = tuple(int(part) for part in paddlenlp.__version__.split(".")[:2])
+#: Whether this PaddleNLP's greedy search goes by logits, and its scores are theirs.
+GREEDY_BY_LOGITS = _VERSION >= (2, 8)
+_MIN_LENGTH = "min_new_tokens" if _VERSION >= (2, 8) else "min_new_token"
 
 
 @dataclass
@@ -79,6 +97,24 @@ class _Draws:
         return paddle.to_tensor(inverse_cdf(kept, draws)[:, None], dtype="int64")
 
 
+class _LargestLogit:
+    """Stands for the ``paddle.argmax`` of a greedy search that goes by log-probabilities."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, values: Any, axis: int) -> Any:
+        logits = self.recorder.logits[-1]
+        largest = logits.argmax(axis=axis)
+        theirs, rows = values.numpy(), np.arange(len(logits))
+        # A log-probability has the rounding of numbers as large as itself, and of 1.
+        behind = theirs.max(axis=axis) - theirs[rows, largest]
+        assert (behind <= 1e-6 * np.maximum(1.0, np.abs(theirs.max(axis=axis)))).all(), (
+            f"PaddleNLP takes {theirs.argmax(axis=axis)}, the largest logits are those of {largest}"
+        )
+        return paddle.to_tensor(largest, dtype="int64")
+
+
 def group_by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     """Indices of the prompts of every length: PaddleNLP attends to padding, so it gets none."""
     groups: dict[int, list[int]] = {}
@@ -104,8 +140,10 @@ def _driven(model: Any, recorder: _Recorder, draws: _Draws) -> Iterator[None]:
         # a view, as the n-gram processor does, corrupts the heap in Paddle 3.3.1.
         return logits.clone()
 
+    argmax = paddle.argmax if GREEDY_BY_LOGITS else _LargestLogit(recorder)
     with (
         mock.patch.object(paddle, "multinomial", draws),
+        mock.patch.object(paddle, "argmax", argmax),
         mock.patch.object(model, "get_logits_processor", with_recorder),
         mock.patch.object(model, "adjust_logits_during_generation", contiguous),
     ):
@@ -149,13 +187,19 @@ def generate(
         for position, row in enumerate(rows):
             prompt = list(prompts[row // returned])
             new, reason = _trim(tokens[position].tolist(), options)
+            logits = [step[position] for step in recorder.logits[: len(new)]]
+            score = float(values[position])
+            if not sampling and not GREEDY_BY_LOGITS:
+                score = float(
+                    np.mean([step[token] for step, token in zip(logits, new)], dtype=float)
+                )
             results[row] = ReferenceSequence(
                 prompt=prompt,
                 tokens=new,
-                score=float(values[position]),
+                score=score,
                 finish_reason=reason,
                 sequence=first_sequence + row,
-                logits=[step[position] for step in recorder.logits[: len(new)]],
+                logits=logits,
                 kept=[step[position] for step in draws.kept[: len(new)]] if sampling else [],
             )
         assert all(len(prompts[i]) == length for i in members)
@@ -176,7 +220,7 @@ def _generation_config(options: Any) -> GenerationConfig:
     return GenerationConfig(
         decode_strategy=options.decode_strategy,
         max_new_tokens=options.max_length,
-        min_new_tokens=options.min_length,
+        **{_MIN_LENGTH: options.min_length},
         top_k=options.top_k or 0,
         # PaddleNLP has no "off" below 1; greedy search warns about what it does not use.
         top_p=float(options.top_p) if sampling and options.top_p else 1.0,

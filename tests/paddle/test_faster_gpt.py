@@ -18,6 +18,7 @@ import paddle
 from fastgen import FasterGPT
 from fastgen.jit import load_op_library
 from fastgen.testing.models import GPTShape
+from fastgen.testing.paddlenlp import GREEDY_BY_LOGITS
 
 EOS, PAD = 7, 0
 
@@ -48,7 +49,8 @@ def assert_same(layer, model, ids):
     expected, expected_scores = reference(model, ids)
     actual, actual_scores = greedy(layer, ids)
     np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_allclose(actual_scores, expected_scores, rtol=1e-4, atol=1e-4)
+    if GREEDY_BY_LOGITS:
+        np.testing.assert_allclose(actual_scores, expected_scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -628,9 +630,16 @@ def test_saved_program_gives_the_same_tokens(make_model, prompts, tmp_path):
     path = str(tmp_path / "gpt")
     paddle.jit.save(program, path)
 
-    loaded = paddle.jit.load(path)
-    for actual, value in zip(loaded(*tensors.values()), expected):
-        np.testing.assert_array_equal(actual.numpy(), value)
+    loaded = None
+    if paddle.__version__.startswith("2.5."):
+        # It asks every op of a program for a gradient when it loads it; an op of a library cannot
+        # say that it has none.
+        with pytest.raises(RuntimeError, match="GradOpMaker"):
+            paddle.jit.load(path)
+    else:
+        loaded = paddle.jit.load(path)
+        for actual, value in zip(loaded(*tensors.values()), expected):
+            np.testing.assert_array_equal(actual.numpy(), value)
 
     suffix = ".json" if (tmp_path / "gpt.json").exists() else ".pdmodel"
     config = paddle.inference.Config(path + suffix, path + ".pdiparams")
@@ -655,7 +664,7 @@ def test_saved_program_gives_the_same_tokens(make_model, prompts, tmp_path):
         predict(predictor, {**feeds, "seq_len": np.array([9, 2, 3], "int32")})
     # The engines of programs go with the programs' weights.
     gc.collect()
-    held = library.engine_count()
+    held, programs = library.engine_count(), 1 if loaded is None else 2
     del predictor, loaded
     gc.collect()
-    assert library.engine_count() == held - 2
+    assert library.engine_count() == held - programs

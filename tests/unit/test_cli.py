@@ -405,7 +405,10 @@ def test_engines_agree(make_model: Callable[..., Any], tiny: Any, engine: str) -
     actual = fastgen(*arguments, "--engine", engine).document
     for name in ("prompts", "prompt_ids", "token_ids", "texts", "finish_reasons"):
         assert actual[name] == expected[name], name
-    assert actual["scores"] == pytest.approx(expected["scores"], rel=1e-3)
+    from fastgen.testing.paddlenlp import GREEDY_BY_LOGITS
+
+    if engine == "paddle-op" or GREEDY_BY_LOGITS:
+        assert actual["scores"] == pytest.approx(expected["scores"], rel=1e-3)
     assert actual["engine"] == engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -514,6 +515,10 @@ def test_without_a_network_the_error_says_what_to_download(
     message = str(caught.value)
     assert message.startswith(f"PaddleNLP could not get {name} (OSError: Can't load {name})")
     assert f"into {tmp_path}/downloads/{name} under exactly these names" in message
-    for file in ["config.json (", *files]:
+    if importlib.util.find_spec("paddlenlp.utils.download") is None:  # up to 2.7: names alone
+        files = models._file_names(name)
+    else:
+        files = ["config.json (", *files]
+    for file in files:
         assert file in message
     assert not (tmp_path / "models").exists()

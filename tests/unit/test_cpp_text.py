@@ -237,7 +237,7 @@ def test_prompts_that_are_not_utf8_give_valid_json(gpt: Path, tiny: Any) -> None
 def test_prompts_from_files_and_standard_input(gpt: Path, tiny: Any, tmp_path: Path) -> None:
     lines = "Return the\n\n  \nOpen the file\r\nRaise"
     path = tmp_path / "prompts.txt"
-    path.write_text(lines, newline="")
+    path.write_bytes(lines.encode())
     common = (gpt, "--model_dir", tiny.directory, "--seed=3", "--json")
     wanted = ["Return the", "Open the file", "Raise"]
     documents = [

@@ -36,7 +36,9 @@ def test_locks_agree_with_each_other() -> None:
         if lock.stem == "bench":  # its packages are newer than PaddleNLP bears
             continue
         for name, version in pinned(lock).items():
-            if name == "paddlepaddle":
+            if name in ("paddlepaddle", "paddlepaddle-gpu"):
+                continue
+            if name == "paddlenlp" and lock.stem == "paddle25gpu":  # newer ones need a newer Paddle
                 continue
             assert seen.setdefault(name, (version, lock.name))[0] == version, (
                 name,
