@@ -11,6 +11,8 @@
 #include "cuda/attention_decode_worker.h"
 #include "cuda/hopper.h"
 #include "cuda/launch.h"
+#include "cuda/linear_weights.h"
+#include "cuda/row.h"
 
 namespace fastgen {
 namespace cuda {
@@ -125,6 +127,23 @@ struct Supply {
   }
 };
 
+// Writes a row's numbers, from one on: as float32, or packed.
+struct StoreOut {
+  const DecodeAttentionArgs& args;
+  int64_t at;
+
+  __device__ StoreOut(const DecodeAttentionArgs& a, int row, int first)
+      : args(a), at(row * a.ldo + first) {}
+  __device__ void operator()(int d, float x) const {
+    if (args.packed == nullptr) {
+      args.out[at + d] = x;
+      return;
+    }
+    const float unit = args.cache.dtype == DType::kFloat16 ? 1.0f / linear_weights::kUnit : 1.0f;
+    StoreElement(args.cache.dtype, args.packed, at + d, __fmul_rn(x, unit));
+  }
+};
+
 // Puts the parts of a head together that blocks share, once all have arrived; by one warp.
 __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& item, int lane) {
   const DecodeAttentionArgs& args = task.args;
@@ -141,10 +160,10 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
   if (!__any_sync(kAllLanes, last)) return;
   if (lane == 0) args.arrived[unit] = 0;
   // What other blocks wrote is past the first-level cache.
-  CombineParts<kDecodeParts>(
-      [=](int p) { return sums + p * head_size; }, [=](int p) { return stats + p * 2; },
-      [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32, lane,
-      args.out + item.row * args.ldo + static_cast<int64_t>(item.head) * head_size);
+  CombineParts<kDecodeParts>([=](int p) { return sums + p * head_size; },
+                             [=](int p) { return stats + p * 2; },
+                             [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32,
+                             lane, StoreOut(args, item.row, item.head * head_size));
 }
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
@@ -254,7 +273,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
         CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
                         [=](int p) { return stats + place(p) * 2; },
                         [](const float* p) { return *p; }, at->parts, head_size, 0, 32, lane,
-                        args.out + at->row * args.ldo + static_cast<int64_t>(at->head) * head_size);
+                        StoreOut(args, at->row, at->head * head_size));
       }
     }
     if ((at->flags & kItemMore) == 0) break;
@@ -267,8 +286,8 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
   if (last_cut != nullptr) FinishCutHead(task, *last_cut, lane);
   const int empty = task.plan.empty_rows[0];
   for (int i = blockIdx.x; i < empty; i += gridDim.x) {
-    float* const out = args.out + task.plan.empty_rows[1 + i] * args.ldo;
-    for (int d = threadIdx.x; d < args.cache.num_heads * head_size; d += blockDim.x) out[d] = 0.0f;
+    const StoreOut store(args, task.plan.empty_rows[1 + i], 0);
+    for (int d = threadIdx.x; d < args.cache.num_heads * head_size; d += blockDim.x) store(d, 0.0f);
   }
 #endif
 }
