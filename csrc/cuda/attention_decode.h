@@ -41,13 +41,13 @@ struct DecodePlan {
   int32_t rounds;       // that there is room for
 };
 
-// Blocks, one per multiprocessor, and warps of the streaming kernel; no blocks where the device or the
-// cache's shape do not allow it.
+// Blocks, and warps of each, of the streaming kernel; no blocks where the device or the
+// cache's shape do not allow it. Of a step of so many rows; the plan of fewer is no larger.
 struct StreamGrid {
   int32_t blocks = 0;
   int32_t warps = 0;
 };
-cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid);
+cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid);
 
 // The plan within its memory; returns the bytes.
 size_t PlaceDecodePlan(const StreamGrid& grid, const CacheLayout& cache, int32_t rows, void* memory,

@@ -1,5 +1,5 @@
-// Attention of decode steps where there are bulk copies (sm_90): one block per multiprocessor, whose
-// warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
+// Attention of decode steps where there are bulk copies (sm_90): one or two blocks per multiprocessor,
+// whose warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
 // they work on. So memory waits neither for page tables nor for the end of a head. Which parts they
 // are the step's plan says. A head that blocks share is put together through device memory by the
 // block that finishes last.
@@ -19,6 +19,9 @@ namespace cuda {
 namespace {
 
 constexpr int32_t kMostPieces = 8;
+// Queries of a step (a head of a row each) above which two blocks of half the size share a
+// multiprocessor, where registers and memory allow it.
+constexpr int64_t kManyQueries = 256;
 
 struct StreamTask {
   DecodeAttentionArgs args;
@@ -30,18 +33,23 @@ struct StreamTask {
   int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
 };
 
-// The kernel's flavours: how warps work, and how many there are.
+// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, and blocks of
+// a multiprocessor.
 template <typename S, int kWarps_>
 struct OnFma {
   static constexpr int kWarps = kWarps_;
+  static constexpr int kPieces = kMostPieces;
+  static constexpr int kResident = 1;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
 #endif
 };
 
-template <typename T, int kChunks, int kWarps_>
+template <typename T, int kChunks, int kWarps_, int kPieces_ = kMostPieces, int kResident_ = 1>
 struct OnMma {
   static constexpr int kWarps = kWarps_;
+  static constexpr int kPieces = kPieces_;
+  static constexpr int kResident = kResident_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks>;
 #endif
@@ -169,7 +177,8 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
 template <typename Flavour>
-__global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const StreamTask task) {
+__global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
+    StreamKernel(const StreamTask task) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   constexpr int kWarps = Flavour::kWarps;
   const DecodeAttentionArgs& args = task.args;
@@ -295,8 +304,8 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename Call>
-cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
-  if (cache.head_size > 256) return cudaErrorInvalidValue;
+cudaError_t WithFlavour(const CacheLayout& cache, int32_t rows, const Call& call) {
+  const bool many = int64_t{rows} * cache.num_heads > kManyQueries;
   switch (cache.dtype) {
     case DType::kFloat32: {
       const int chunks = cache.head_stride / 4;
@@ -307,7 +316,8 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks <= 8) return call(OnMma<__half, 8, 16>());
+      if (chunks <= 8 && many) return call(OnMma<__half, 8, 8, 3, 2>());
+      if (chunks <= 8) return call(OnMma<__half, 8, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
@@ -322,7 +332,7 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
 }
 
 // Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
-// multiprocessor's, so that no two blocks meet on one.
+// multiprocessor's, or of its half, so that no more blocks meet on one than should.
 template <typename Flavour>
 int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask* task) {
   constexpr int32_t kWarps = Flavour::kWarps;
@@ -332,13 +342,15 @@ int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask
   task->results = 2 * kWarps + kDecodeParts - 1;
   const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
   const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
-  task->pieces = std::min(kMostPieces, (limits.shared_bytes - query_bytes - result_bytes) /
-                                           (kWarps * (piece_bytes + 8)));
+  constexpr int32_t kPieces = Flavour::kPieces;
+  task->pieces = std::min(
+      kPieces, (limits.shared_bytes - query_bytes - result_bytes) / (kWarps * (piece_bytes + 8)));
   if (task->pieces < 2) return 0;
   task->queries_at = kWarps * task->pieces * piece_bytes;
   task->results_at = task->queries_at + query_bytes;
   task->barriers_at = task->results_at + result_bytes;
-  return std::max(task->barriers_at + kWarps * task->pieces * 8, limits.shared_bytes / 2 + 1024);
+  const int32_t bytes = task->barriers_at + kWarps * task->pieces * 8;
+  return Flavour::kResident > 1 ? bytes : std::max(bytes, limits.shared_bytes / 2 + 1024);
 }
 
 struct AskGrid {
@@ -356,7 +368,7 @@ struct AskGrid {
     if (status != cudaSuccess) return status;
     StreamTask task;
     if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
-    grid->blocks = limits.multiprocessors;
+    grid->blocks = limits.multiprocessors * Flavour::kResident;
     grid->warps = Flavour::kWarps;
     return cudaSuccess;
   }
@@ -372,7 +384,7 @@ struct LaunchStream {
     const cudaError_t status = GetDeviceLimits(&limits);
     if (status != cudaSuccess) return status;
     StreamGrid grid;
-    grid.blocks = limits.multiprocessors;
+    grid.blocks = limits.multiprocessors * Flavour::kResident;
     grid.warps = Flavour::kWarps;
     StreamTask task;
     const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
@@ -393,14 +405,14 @@ struct LaunchStream {
 
 }  // namespace
 
-cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid) {
+cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid) {
   *grid = StreamGrid();
   if (!FASTGEN_CUDA_HAS_PERSISTENT) return cudaSuccess;
-  return WithFlavour(cache, AskGrid{cache, grid});
+  return WithFlavour(cache, rows, AskGrid{cache, grid});
 }
 
 cudaError_t DecodeAttentionStream(const DecodeAttentionArgs& args, cudaStream_t stream) {
-  return WithFlavour(args.cache, LaunchStream{args, stream});
+  return WithFlavour(args.cache, args.rows, LaunchStream{args, stream});
 }
 
 }  // namespace cuda
