@@ -83,10 +83,11 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
   const int first = threadIdx.x - lane;
   const auto sums_of = [=](int p) { return sums + p * head_size; };
   const auto stats_of = [=](int p) { return stats + 2 * p; };
+  const auto store = [=](int d, float x) { out[d] = x; };
   if (alone) {
     __syncthreads();
     const auto fetch = [](const float* p) { return *p; };
-    CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, out);
+    CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, store);
     return;
   }
   __syncthreads();
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
   if (threadIdx.x == 0) args.arrived[unit] = 0;
   // What other blocks wrote is past the first-level cache.
   const auto fetch = [](const float* p) { return __ldcg(p); };
-  CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, out);
+  CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, store);
 }
 
 struct LaunchDecode {
@@ -154,6 +155,7 @@ cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream
   if (args.rows <= 0) return cudaSuccess;
   if (args.splits < 1) return cudaErrorInvalidValue;
   if (args.plan != nullptr) return DecodeAttentionStream(args, stream);
+  if (args.packed != nullptr) return cudaErrorInvalidValue;
   return WithDecodeShape(args.cache, LaunchDecode{args, stream});
 }
 

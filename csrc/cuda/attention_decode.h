@@ -41,13 +41,13 @@ struct DecodePlan {
   int32_t rounds;       // that there is room for
 };
 
-// Blocks, one per multiprocessor, and warps of the streaming kernel; no blocks where the device or the
-// cache's shape do not allow it.
+// Blocks, and warps of each, of the streaming kernel; no blocks where the device or the
+// cache's shape do not allow it. Of a step of so many rows; the plan of fewer is no larger.
 struct StreamGrid {
   int32_t blocks = 0;
   int32_t warps = 0;
 };
-cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid);
+cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid);
 
 // The plan within its memory; returns the bytes.
 size_t PlaceDecodePlan(const StreamGrid& grid, const CacheLayout& cache, int32_t rows, void* memory,
@@ -270,12 +270,12 @@ struct Gathered {
 
 // out = the parts' sums, weighted by how far each part's maximum lies under the greatest, for the
 // numbers first + lane, first + stride + lane, ... of a head. `sums(part)` and `stats(part)` say
-// where a part is, `fetch` reads it.
+// where a part is, `fetch` reads it, `store(d, x)` writes number d.
 // kBatch parts are read at a time.
-template <int kBatch, typename Sums, typename Stats, typename Fetch>
+template <int kBatch, typename Sums, typename Stats, typename Fetch, typename Store>
 __device__ inline void CombineParts(const Sums& sums, const Stats& stats, const Fetch& fetch,
                                     int parts, int head_size, int first, int stride, int lane,
-                                    float* out) {
+                                    const Store& store) {
   float max = -Infinity(), sum = 0.0f;
   if (lane < parts) {
     max = fetch(stats(lane));
@@ -296,7 +296,7 @@ __device__ inline void CombineParts(const Sums& sums, const Stats& stats, const 
         if (part + i < parts) result = __fmaf_rn(w, values[i], result);
       }
     }
-    if (begin + lane < head_size) out[d] = __fdiv_rn(result, total);
+    if (begin + lane < head_size) store(d, __fdiv_rn(result, total));
   }
 }
 

@@ -193,7 +193,7 @@ cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* byte
   *bytes = 0;
   if (rows <= 0 || rows > kMostRows) return cudaSuccess;
   StreamGrid grid;
-  const cudaError_t status = GetStreamGrid(cache, &grid);
+  const cudaError_t status = GetStreamGrid(cache, rows, &grid);
   if (status != cudaSuccess || grid.blocks == 0) return status;
   DecodePlan plan;
   *bytes = PlaceDecodePlan(grid, cache, rows, nullptr, &plan);
@@ -203,7 +203,7 @@ cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* byte
 cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream) {
   if (args.rows <= 0 || args.plan == nullptr) return cudaSuccess;
   StreamGrid grid;
-  const cudaError_t status = GetStreamGrid(args.cache, &grid);
+  const cudaError_t status = GetStreamGrid(args.cache, args.rows, &grid);
   if (status != cudaSuccess) return status;
   if (grid.blocks == 0 || args.rows > kMostRows) return cudaErrorInvalidValue;
   PlanTask task;

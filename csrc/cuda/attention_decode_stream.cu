@@ -1,5 +1,5 @@
-// Attention of decode steps where there are bulk copies (sm_90): one block per multiprocessor, whose
-// warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
+// Attention of decode steps where there are bulk copies (sm_90): one or two blocks per multiprocessor,
+// whose warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
 // they work on. So memory waits neither for page tables nor for the end of a head. Which parts they
 // are the step's plan says. A head that blocks share is put together through device memory by the
 // block that finishes last.
@@ -11,12 +11,17 @@
 #include "cuda/attention_decode_worker.h"
 #include "cuda/hopper.h"
 #include "cuda/launch.h"
+#include "cuda/linear_weights.h"
+#include "cuda/row.h"
 
 namespace fastgen {
 namespace cuda {
 namespace {
 
 constexpr int32_t kMostPieces = 8;
+// Queries of a step (a head of a row each) above which two blocks of half the size share a
+// multiprocessor, where registers and memory allow it.
+constexpr int64_t kManyQueries = 256;
 
 struct StreamTask {
   DecodeAttentionArgs args;
@@ -28,18 +33,23 @@ struct StreamTask {
   int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
 };
 
-// The kernel's flavours: how warps work, and how many there are.
+// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, and blocks of
+// a multiprocessor.
 template <typename S, int kWarps_>
 struct OnFma {
   static constexpr int kWarps = kWarps_;
+  static constexpr int kPieces = kMostPieces;
+  static constexpr int kResident = 1;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
 #endif
 };
 
-template <typename T, int kChunks, int kWarps_>
+template <typename T, int kChunks, int kWarps_, int kPieces_ = kMostPieces, int kResident_ = 1>
 struct OnMma {
   static constexpr int kWarps = kWarps_;
+  static constexpr int kPieces = kPieces_;
+  static constexpr int kResident = kResident_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks>;
 #endif
@@ -125,6 +135,23 @@ struct Supply {
   }
 };
 
+// Writes a row's numbers, from one on: as float32, or packed.
+struct StoreOut {
+  const DecodeAttentionArgs& args;
+  int64_t at;
+
+  __device__ StoreOut(const DecodeAttentionArgs& a, int row, int first)
+      : args(a), at(row * a.ldo + first) {}
+  __device__ void operator()(int d, float x) const {
+    if (args.packed == nullptr) {
+      args.out[at + d] = x;
+      return;
+    }
+    const float unit = args.cache.dtype == DType::kFloat16 ? 1.0f / linear_weights::kUnit : 1.0f;
+    StoreElement(args.cache.dtype, args.packed, at + d, __fmul_rn(x, unit));
+  }
+};
+
 // Puts the parts of a head together that blocks share, once all have arrived; by one warp.
 __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& item, int lane) {
   const DecodeAttentionArgs& args = task.args;
@@ -141,16 +168,17 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
   if (!__any_sync(kAllLanes, last)) return;
   if (lane == 0) args.arrived[unit] = 0;
   // What other blocks wrote is past the first-level cache.
-  CombineParts<kDecodeParts>(
-      [=](int p) { return sums + p * head_size; }, [=](int p) { return stats + p * 2; },
-      [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32, lane,
-      args.out + item.row * args.ldo + static_cast<int64_t>(item.head) * head_size);
+  CombineParts<kDecodeParts>([=](int p) { return sums + p * head_size; },
+                             [=](int p) { return stats + p * 2; },
+                             [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32,
+                             lane, StoreOut(args, item.row, item.head * head_size));
 }
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
 template <typename Flavour>
-__global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const StreamTask task) {
+__global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
+    StreamKernel(const StreamTask task) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   constexpr int kWarps = Flavour::kWarps;
   const DecodeAttentionArgs& args = task.args;
@@ -254,7 +282,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
         CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
                         [=](int p) { return stats + place(p) * 2; },
                         [](const float* p) { return *p; }, at->parts, head_size, 0, 32, lane,
-                        args.out + at->row * args.ldo + static_cast<int64_t>(at->head) * head_size);
+                        StoreOut(args, at->row, at->head * head_size));
       }
     }
     if ((at->flags & kItemMore) == 0) break;
@@ -267,8 +295,8 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
   if (last_cut != nullptr) FinishCutHead(task, *last_cut, lane);
   const int empty = task.plan.empty_rows[0];
   for (int i = blockIdx.x; i < empty; i += gridDim.x) {
-    float* const out = args.out + task.plan.empty_rows[1 + i] * args.ldo;
-    for (int d = threadIdx.x; d < args.cache.num_heads * head_size; d += blockDim.x) out[d] = 0.0f;
+    const StoreOut store(args, task.plan.empty_rows[1 + i], 0);
+    for (int d = threadIdx.x; d < args.cache.num_heads * head_size; d += blockDim.x) store(d, 0.0f);
   }
 #endif
 }
@@ -276,8 +304,8 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, 1) StreamKernel(const St
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename Call>
-cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
-  if (cache.head_size > 256) return cudaErrorInvalidValue;
+cudaError_t WithFlavour(const CacheLayout& cache, int32_t rows, const Call& call) {
+  const bool many = int64_t{rows} * cache.num_heads > kManyQueries;
   switch (cache.dtype) {
     case DType::kFloat32: {
       const int chunks = cache.head_stride / 4;
@@ -288,7 +316,8 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks <= 8) return call(OnMma<__half, 8, 16>());
+      if (chunks <= 8 && many) return call(OnMma<__half, 8, 8, 3, 2>());
+      if (chunks <= 8) return call(OnMma<__half, 8, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
@@ -303,7 +332,7 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
 }
 
 // Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
-// multiprocessor's, so that no two blocks meet on one.
+// multiprocessor's, or of its half, so that no more blocks meet on one than should.
 template <typename Flavour>
 int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask* task) {
   constexpr int32_t kWarps = Flavour::kWarps;
@@ -313,13 +342,15 @@ int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask
   task->results = 2 * kWarps + kDecodeParts - 1;
   const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
   const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
-  task->pieces = std::min(kMostPieces, (limits.shared_bytes - query_bytes - result_bytes) /
-                                           (kWarps * (piece_bytes + 8)));
+  constexpr int32_t kPieces = Flavour::kPieces;
+  task->pieces = std::min(
+      kPieces, (limits.shared_bytes - query_bytes - result_bytes) / (kWarps * (piece_bytes + 8)));
   if (task->pieces < 2) return 0;
   task->queries_at = kWarps * task->pieces * piece_bytes;
   task->results_at = task->queries_at + query_bytes;
   task->barriers_at = task->results_at + result_bytes;
-  return std::max(task->barriers_at + kWarps * task->pieces * 8, limits.shared_bytes / 2 + 1024);
+  const int32_t bytes = task->barriers_at + kWarps * task->pieces * 8;
+  return Flavour::kResident > 1 ? bytes : std::max(bytes, limits.shared_bytes / 2 + 1024);
 }
 
 struct AskGrid {
@@ -337,7 +368,7 @@ struct AskGrid {
     if (status != cudaSuccess) return status;
     StreamTask task;
     if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
-    grid->blocks = limits.multiprocessors;
+    grid->blocks = limits.multiprocessors * Flavour::kResident;
     grid->warps = Flavour::kWarps;
     return cudaSuccess;
   }
@@ -353,7 +384,7 @@ struct LaunchStream {
     const cudaError_t status = GetDeviceLimits(&limits);
     if (status != cudaSuccess) return status;
     StreamGrid grid;
-    grid.blocks = limits.multiprocessors;
+    grid.blocks = limits.multiprocessors * Flavour::kResident;
     grid.warps = Flavour::kWarps;
     StreamTask task;
     const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
@@ -374,14 +405,14 @@ struct LaunchStream {
 
 }  // namespace
 
-cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid) {
+cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid) {
   *grid = StreamGrid();
   if (!FASTGEN_CUDA_HAS_PERSISTENT) return cudaSuccess;
-  return WithFlavour(cache, AskGrid{cache, grid});
+  return WithFlavour(cache, rows, AskGrid{cache, grid});
 }
 
 cudaError_t DecodeAttentionStream(const DecodeAttentionArgs& args, cudaStream_t stream) {
-  return WithFlavour(args.cache, LaunchStream{args, stream});
+  return WithFlavour(args.cache, args.rows, LaunchStream{args, stream});
 }
 
 }  // namespace cuda

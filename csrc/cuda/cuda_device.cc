@@ -50,6 +50,8 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
     PreparePersistent();
     Check(PrefillAttentionStores(activation_dtype_, layout_, &attention_stores_),
           "asking what attention can do");
+    Check(LinearRowsSupported(weight_dtype_, config_.hidden_size, &packs_rows_),
+          "asking for products of packed rows");
     if (const CublasLt* library = CublasLt::Open(nullptr)) {
       multiplier_ = std::make_unique<Multiplier>(*library, stream_);
     }
@@ -206,9 +208,8 @@ void CudaDevice::DropGraphs() {
 void CudaDevice::ReserveLayer(int32_t rows) {
   if (rows <= layer_space_.rows) return;
   LayerSpace space;
-  const auto take = [&](int64_t stride) {
-    DeviceMemory memory(static_cast<size_t>(rows * stride) * sizeof(float),
-                        "the work space of a step");
+  const auto take = [&](int64_t stride, size_t element = sizeof(float)) {
+    DeviceMemory memory(static_cast<size_t>(rows * stride) * element, "the work space of a step");
     // What lies behind the columns of a row is multiplied by zeros, so it must be finite.
     Check(cudaMemsetAsync(memory.as<>(), 0, memory.size(), stream_), "clearing device memory");
     return memory;
@@ -217,6 +218,12 @@ void CudaDevice::ReserveLayer(int32_t rows) {
   space.q = take(hidden_stride_);
   space.attended = take(hidden_stride_);
   space.wide = take(wide_stride_);
+  if (packs_rows_) {
+    space.packed_x = take(hidden_stride_, 2);
+    space.packed_attended = take(hidden_stride_, 2);
+    space.packed_wide = take(wide_stride_, 2);
+    space.parts = take(RoundUp(config_.hidden_size, kPartColumns) / kPartColumns, sizeof(float2));
+  }
   space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a step");
   space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a step");
   space.rows = rows;
@@ -369,19 +376,13 @@ void CudaDevice::LaunchPersistent(int32_t rows) {
   --persistent_steps_left_;
 }
 
-void CudaDevice::LaunchForward(int32_t rows) {
-  if (RunsPersistent(rows)) {
-    LaunchPersistent(rows);
-    return;
-  }
-  const LayerSpace& s = layer_space_;
-  Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+DecodeAttentionArgs CudaDevice::Attention(int32_t rows) const {
   DecodeAttentionArgs attention;
-  attention.q = s.q.as<float>();
+  attention.q = layer_space_.q.as<float>();
   attention.ldq = hidden_stride_;
-  attention.out = s.attended.as<float>();
+  attention.out = layer_space_.attended.as<float>();
   attention.ldo = hidden_stride_;
-  attention.row_list = s.row_list.as<Row>();
+  attention.row_list = layer_space_.row_list.as<Row>();
   attention.slots = device_slots_.as<Slot>();
   attention.rows = rows;
   attention.cache = layout_;
@@ -394,6 +395,21 @@ void CudaDevice::LaunchForward(int32_t rows) {
   attention.arrived = decode_space_.arrived.as<int32_t>();
   attention.plan = decode_space_.plan.as<>();
   attention.overlap = true;
+  return attention;
+}
+
+void CudaDevice::LaunchForward(int32_t rows) {
+  if (RunsPersistent(rows)) {
+    LaunchPersistent(rows);
+    return;
+  }
+  if (packs_rows_) {
+    LaunchPackedForward(rows);
+    return;
+  }
+  const LayerSpace& s = layer_space_;
+  Check(Embed(Embedding(s.row_list, rows, s.x), stream_), "launching the embedding");
+  DecodeAttentionArgs attention = Attention(rows);
   Check(PlanDecodeAttention(attention, stream_), "planning attention");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];

@@ -72,6 +72,8 @@ class CudaDevice {
   struct LayerSpace {
     int32_t rows = 0;
     DeviceMemory x, q, attended, wide, row_list, runs;
+    // Where rows travel as 16 bits, and what the next norm needs of x.
+    DeviceMemory packed_x, packed_attended, packed_wide, parts;
   };
   struct DecodeSpace {
     int32_t rows = 0;
@@ -92,6 +94,9 @@ class CudaDevice {
 
   // Decode: the kernels up to the logits, the choice, and both as a graph.
   void LaunchForward(int32_t rows);
+  // The same where products take rows as 16 bits, between the embedding and the logits.
+  void LaunchPackedForward(int32_t rows);
+  DecodeAttentionArgs Attention(int32_t rows) const;
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).
   void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
@@ -131,6 +136,10 @@ class CudaDevice {
                 DType out_dtype, int32_t rows, bool gelu, bool accumulate);
   LinearArgs Product(const Matrix& w, const DeviceMemory& x, int64_t ldx, const DeviceMemory& y,
                      int64_t ldy, int32_t rows, Epilogue epilogue) const;
+  // Packed rows of so many columns; `parts`: x, to be normed.
+  PackedRows Packed(const DeviceMemory& data, int64_t stride, bool parts) const;
+  LinearRowsArgs PackedProduct(const Matrix& w, const PackedRows& x, int32_t rows,
+                               Epilogue epilogue) const;
   // The product's input is normed first.
   static void FoldIn(const Norm& norm, const FoldedNorm& folded, LinearArgs* args);
   EmbedArgs Embedding(const DeviceMemory& row_list, int32_t rows, const DeviceMemory& x) const;
@@ -164,6 +173,7 @@ class CudaDevice {
   std::vector<float*> step_logits_;
   PrefillSpace prefill_space_;
   std::map<int32_t, cudaGraphExec_t> graphs_;       // by rows
+  bool packs_rows_ = false;                         // in steps that are not one kernel
   PersistentArgs persistent_;                       // but for what a step brings
   bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
   uint32_t persistent_steps_left_ = 0;              // before the exchange has to be zeroed

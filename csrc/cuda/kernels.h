@@ -51,6 +51,68 @@ struct LinearArgs {
 // number, before the norm: of the weights' type, or float16. float32 weights are multiplied in float32.
 cudaError_t Linear(const LinearArgs& args, cudaStream_t stream);
 
+// ---- linear_rows.cu: the same where rows travel as 16 bits --------------------------------------
+
+// Columns of a row that share their part of a norm's sums.
+constexpr int32_t kPartColumns = 64;
+
+// Rows as LinearRows multiplies them, by weights of 16 bits: of the weights' type, float16 as a sixteenth
+// of the number, so that it can be as large as 2^20; what is larger becomes the largest. Of a row that
+// is to be normed, they are its columns times the norm's weight, and what the norm needs of the row.
+struct PackedRows {
+  void* data = nullptr;  // [rows, stride]
+  int64_t stride = 0;    // in elements, a multiple of 8
+  float2* parts =
+      nullptr;  // [rows, part_stride] or null: of kPartColumns columns each, the mean and the
+                // sum of squares about it
+  int32_t part_stride = 0;
+};
+
+struct LinearRowsArgs {
+  Matrix w;  // kFloat16 or kBFloat16
+  PackedRows x;
+  // For an x that is to be normed, all of them or none: what FoldNorm made of w and the norm, which has
+  // w.bias in it.
+  const float* norm_sums = nullptr;  // [w.out]
+  const float* norm_bias = nullptr;  // [w.out]
+  float eps = 0.0f;
+  int32_t rows = 0;
+  Epilogue epilogue = Epilogue::kStore;
+  float* y = nullptr;  // [rows, ldy]; not for kGelu
+  int64_t ldy = 0;
+  // kGelu: what it gives, packed. kResidual: y packed for the norm that comes next, whose weight this is;
+  // or null.
+  PackedRows out;
+  const float* out_weight = nullptr;
+  // As in LinearArgs.
+  const Row* row_list = nullptr;
+  const Slot* slots = nullptr;
+  CacheLayout cache;
+  int32_t layer = 0;
+  bool overlap = false;
+  int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
+};
+
+// Whether there can be such products on this device: with weights of that type, and of normed rows of so
+// many columns.
+cudaError_t LinearRowsSupported(DType weights, int32_t normed_columns, bool* supported);
+
+// The bits of a row's result depend on the row and on w alone, but for `cluster`.
+cudaError_t LinearRows(const LinearRowsArgs& args, cudaStream_t stream);
+
+// Packs rows of float32.
+struct PackRowsArgs {
+  const float* x = nullptr;  // [rows, ldx]
+  int64_t ldx = 0;
+  int32_t rows = 0;
+  int32_t size = 0;               // columns
+  const float* weight = nullptr;  // the norm's, or null
+  DType dtype = DType::kFloat16;  // of the weights that will multiply them
+  PackedRows out;
+  bool overlap = false;  // as for Linear
+};
+cudaError_t PackRows(const PackRowsArgs& args, cudaStream_t stream);
+
 // ---- rows.cu: what is done per row --------------------------------------------------------------
 
 struct EmbedArgs {
@@ -63,6 +125,10 @@ struct EmbedArgs {
   float* out = nullptr;  // [rows, ldo]; zero for padding rows
   int64_t ldo = 0;
   bool overlap = false;  // as for Linear
+  // Beside `out`, where packed.data is not null: packed for the norm with that weight, as `dtype`.
+  PackedRows packed;
+  const float* weight = nullptr;
+  DType dtype = DType::kFloat16;
 };
 cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream);
 
@@ -110,6 +176,8 @@ struct DecodeAttentionArgs {
   int64_t ldq = 0;
   float* out = nullptr;  // [rows, ldo]
   int64_t ldo = 0;
+  // Instead of `out`, with a plan and a cache of 16 bits: of the cache's type, as in PackedRows.
+  void* packed = nullptr;  // [rows, ldo]
   const Row* row_list = nullptr;
   const Slot* slots = nullptr;
   int32_t rows = 0;

@@ -344,7 +344,8 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
     const Product& p = plan->products[phase];
     layer_stages += (p.tiles_each + (p.tiles_left > 0 ? 1 : 0)) * p.chunks;
   }
-  plan->hurry = layer_stages > plan->stages ? 1 : 0;
+  // Copies of scaled rows are short: one warp does not get through them in time.
+  plan->hurry = scaled || layer_stages > plan->stages ? 1 : 0;
   if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);
 
   plan->layer_bytes = args.layer_bytes;

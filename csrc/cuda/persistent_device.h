@@ -139,8 +139,8 @@ struct Plan {
   uint4* exchange;
   uint32_t* state;  // epochs so far; blocks that are done
   int32_t stages;   // of the ring of weights
-  // Whether it holds less than a layer, so that all that waits for weights waits for their stream. Where
-  // it holds one, weights need not come as fast as they can: that would hold up the exchange.
+  // Whether all that waits for weights waits for their stream, as it holds less than a layer. Where it
+  // holds one, weights need not come as fast as they can: that would hold up the exchange.
   int32_t hurry;
   int32_t lines;  // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero

@@ -5,6 +5,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/pack_rows.h"
 #include "cuda/row.h"
 
 namespace fastgen {
@@ -62,6 +63,18 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
     }
     *reinterpret_cast<float4*>(out + column) = x;
   }
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  if (args.packed.data == nullptr) return;
+  __syncthreads();
+  for (int32_t part = threadIdx.x / 32 * 2; part * kPartColumns < size; part += kThreads / 16) {
+    const int32_t lane = threadIdx.x % 32, row = blockIdx.x;
+    if (args.dtype == DType::kFloat16) {
+      PackParts<__half>(out, size, args.weight, part, args.packed, row, lane);
+    } else {
+      PackParts<BFloat16>(out, size, args.weight, part, args.packed, row, lane);
+    }
+  }
+#endif
 }
 
 // Few warps a block, so that few rows are on many multiprocessors too; each takes a row at a time.

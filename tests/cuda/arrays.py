@@ -36,6 +36,10 @@ class Array:
         """The address as an argument of a C function."""
         return ctypes.c_void_p(self.ptr)
 
+    def zero(self) -> None:
+        """Makes all bytes zero, on PyTorch's current stream."""
+        self._tensor.zero_()
+
     def get(self) -> np.ndarray:
         """What is there now."""
         return self._tensor.cpu().numpy().view(self.dtype).reshape(self.shape)

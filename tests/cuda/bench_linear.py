@@ -1,14 +1,16 @@
 """Times the products of a GPT-2 decode step: python -m tests.cuda.bench_linear
 
 Each product is replayed from a graph over copies of its weights that do not fit in the second-level
-cache together. Beside the time: bytes of the weights over the bandwidth that reading reaches here.
+cache together: of rows of float32 (linear), and of rows that travel as 16 bits (packed). Beside the
+time: bytes of the weights over the bandwidth that reading reaches here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from tests.cuda.arrays import (
     row_list,
     rows_of,
 )
+from tests.cuda.rows_case import Packed, pack
 
 HIDDEN = {"small": 768, "medium": 1024, "large": 1280, "xl": 1600}
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
@@ -68,6 +71,10 @@ PRODUCTS = {
 VOCAB = 50257
 
 
+PATHS = {"linear": "linear", "packed": "linear_rows"}
+Arguments = Sequence["ops.LinearArgs | ops.LinearRowsArgs"]
+
+
 class Case:
     """A product over copies of its weights, with arguments for each copy."""
 
@@ -89,9 +96,34 @@ class Case:
         y = Array(np.zeros((rows, out + 8 - out % 8), np.float32))
         cache = Cache(ops.FLOAT16, 1, hidden // 64, 64, [20] * rows)
         places = row_list([(row, -1) for row in range(rows)])
-        self._held = (copies, norm, sums, bias, x, y, cache, places)
+        self._held = [copies, norm, sums, bias, x, y, cache, places]
         self.bytes = first.bytes
-        self.arguments = [
+        self.arguments: dict[str, Arguments] = {}
+        if dtype in (ops.FLOAT16, ops.BFLOAT16):
+            packed = pack(library, x.get(), dtype, norm if normed else None)
+            result = Packed(rows, out, dtype) if epilogue in (ops.GELU, ops.RESIDUAL) else None
+            later = NormWeights(rng, out) if epilogue == ops.RESIDUAL else None
+            self._held += [packed, result, later]
+            self.arguments["packed"] = [
+                ops.LinearRowsArgs(
+                    w=w.matrix,
+                    x=packed.struct,
+                    norm_sums=sums.ptr if normed else None,
+                    norm_bias=bias.ptr if normed else None,
+                    eps=1e-5,
+                    rows=rows,
+                    epilogue=epilogue,
+                    y=y.ptr,
+                    ldy=y.shape[1],
+                    out=ops.PackedRows() if result is None else result.struct,
+                    out_weight=None if later is None else later.struct.weight,
+                    row_list=places.ptr,
+                    slots=cache.slots.ptr,
+                    cache=cache.layout,
+                )
+                for w in copies
+            ]
+        self.arguments["linear"] = [
             ops.LinearArgs(
                 w.matrix,
                 x.ptr,
@@ -112,16 +144,17 @@ class Case:
 
     def set(self, overlap: bool, cluster: int) -> None:
         """How the products are launched."""
-        for args in self.arguments:
-            args.overlap, args.cluster = overlap, cluster
+        for arguments in self.arguments.values():
+            for args in arguments:
+                args.overlap, args.cluster = overlap, cluster
 
 
-def time_products(library: ops.Library, arguments: list[ops.LinearArgs]) -> float:
+def time_products(library: ops.Library, path: str, arguments: Arguments) -> float:
     """Microseconds of each."""
 
     def launch() -> None:
         for args in arguments:
-            library.launch("linear", args)
+            library.launch(PATHS[path], args)
 
     return time_graph(launch, len(arguments))
 
@@ -132,43 +165,47 @@ def main() -> None:
     parser.add_argument("--model", choices=HIDDEN, default="medium")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float16"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--paths", choices=PATHS, nargs="+", default=list(PATHS))
     parser.add_argument(
         "--cluster",
         type=int,
         nargs="+",
         default=[0],
-        help="blocks that share outputs in the kernel of two parts; 0: chosen, the kernel too",
+        help="blocks that share outputs; linear has them in its kernel of two parts; 0: chosen",
     )
     options = parser.parse_args()
     library = ops.Library()
     bandwidth = read_bandwidth()
     hidden = HIDDEN[options.model]
     print(f"GPT-2 {options.model}; reading reaches {bandwidth / 1e12:.2f} TB/s")
-    print("dtype    rows cluster product      us  overlapped   limit  share")
+    print("dtype    rows path   cluster product      us  overlapped   limit  share")
     for dtype in options.dtype:
         for rows in options.rows:
             names = (*PRODUCTS, "head")
             cases = {name: Case(library, name, hidden, DTYPES[dtype], rows) for name in names}
-            for cluster in options.cluster:
+            for path, cluster in itertools.product(options.paths, options.cluster):
+                if path not in cases["head"].arguments:
+                    continue
+                start = f"{dtype:8} {rows:4} {path} {cluster:7}"
                 for name, case in cases.items():
                     case.set(False, cluster)
-                    plain = time_products(library, case.arguments)
+                    plain = time_products(library, path, case.arguments[path])
                     case.set(True, cluster)
-                    overlapped = time_products(library, case.arguments)
+                    overlapped = time_products(library, path, case.arguments[path])
                     limit = case.bytes / bandwidth * 1e6
                     print(
-                        f"{dtype:8} {rows:4} {cluster:7} {name:7} {plain:7.2f} {overlapped:11.2f}"
+                        f"{start} {name:7} {plain:7.2f} {overlapped:11.2f}"
                         f" {limit:7.2f} {limit / overlapped:6.0%}"
                     )
                 layers = [
-                    args for each in zip(*(cases[n].arguments for n in PRODUCTS)) for args in each
+                    args
+                    for each in zip(*(cases[n].arguments[path] for n in PRODUCTS))
+                    for args in each
                 ]
-                us = len(PRODUCTS) * time_products(library, layers)
+                us = len(PRODUCTS) * time_products(library, path, layers)
                 limit = sum(cases[name].bytes for name in PRODUCTS) / bandwidth * 1e6
-                print(
-                    f"{dtype:8} {rows:4} {cluster:7} layer   {'':7} {us:11.2f} {limit:7.2f}"
-                    f" {limit / us:6.0%}"
-                )
+                share = limit / us
+                print(f"{start} layer   {'':7} {us:11.2f} {limit:7.2f} {share:6.0%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,12 @@
 FASTGEN_OP(linear, LinearArgs) {
   return fastgen::cuda::Linear(*args, static_cast<cudaStream_t>(stream));
 }
+FASTGEN_OP(linear_rows, LinearRowsArgs) {
+  return fastgen::cuda::LinearRows(*args, static_cast<cudaStream_t>(stream));
+}
+FASTGEN_OP(pack_rows, PackRowsArgs) {
+  return fastgen::cuda::PackRows(*args, static_cast<cudaStream_t>(stream));
+}
 FASTGEN_OP(embed, EmbedArgs) {
   return fastgen::cuda::Embed(*args, static_cast<cudaStream_t>(stream));
 }
@@ -42,6 +48,13 @@ extern "C" __attribute__((visibility("default"))) int fastgen_op_dequantize(
 extern "C" __attribute__((visibility("default"))) size_t fastgen_op_sample_workspace(int rows,
                                                                                      int vocab) {
   return fastgen::cuda::SampleWorkspaceBytes(rows, vocab);
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_rows_supported(int dtype,
+                                                                                int columns,
+                                                                                bool* supported) {
+  return fastgen::cuda::LinearRowsSupported(static_cast<fastgen::cuda::DType>(dtype), columns,
+                                            supported);
 }
 
 extern "C" __attribute__((visibility("default"))) int fastgen_op_decode_plan_bytes(

@@ -106,6 +106,45 @@ class LinearArgs(ctypes.Structure):
     ]
 
 
+class PackedRows(ctypes.Structure):
+    _fields_ = [("data", _ptr), ("stride", _i64), ("parts", _ptr), ("part_stride", _i32)]
+
+
+class LinearRowsArgs(ctypes.Structure):
+    _fields_ = [
+        ("w", Matrix),
+        ("x", PackedRows),
+        ("norm_sums", _ptr),
+        ("norm_bias", _ptr),
+        ("eps", _f32),
+        ("rows", _i32),
+        ("epilogue", _i32),
+        ("y", _ptr),
+        ("ldy", _i64),
+        ("out", PackedRows),
+        ("out_weight", _ptr),
+        ("row_list", _ptr),
+        ("slots", _ptr),
+        ("cache", CacheLayout),
+        ("layer", _i32),
+        ("overlap", ctypes.c_bool),
+        ("cluster", _i32),
+    ]
+
+
+class PackRowsArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", _ptr),
+        ("ldx", _i64),
+        ("rows", _i32),
+        ("size", _i32),
+        ("weight", _ptr),
+        ("dtype", _i32),
+        ("out", PackedRows),
+        ("overlap", ctypes.c_bool),
+    ]
+
+
 class EmbedArgs(ctypes.Structure):
     _fields_ = [
         ("table", Matrix),
@@ -117,6 +156,9 @@ class EmbedArgs(ctypes.Structure):
         ("out", _ptr),
         ("ldo", _i64),
         ("overlap", ctypes.c_bool),
+        ("packed", PackedRows),
+        ("weight", _ptr),
+        ("dtype", _i32),
     ]
 
 
@@ -153,6 +195,7 @@ class DecodeAttentionArgs(ctypes.Structure):
         ("ldq", _i64),
         ("out", _ptr),
         ("ldo", _i64),
+        ("packed", _ptr),
         ("row_list", _ptr),
         ("slots", _ptr),
         ("rows", _i32),
@@ -280,6 +323,16 @@ class Library:
     def sample_workspace(self, rows: int, vocab: int) -> int:
         """Bytes of zeroed workspace that `sample` needs."""
         return int(self._library.fastgen_op_sample_workspace(rows, vocab))
+
+    def rows_supported(self, dtype: int, normed_columns: int) -> bool:
+        """Whether there are products of packed rows."""
+        supported = ctypes.c_bool()
+        status = self._library.fastgen_op_rows_supported(
+            dtype, normed_columns, ctypes.byref(supported)
+        )
+        if status != 0:
+            raise RuntimeError(f"rows_supported: CUDA error {status}")
+        return supported.value
 
     def decode_plan_bytes(self, rows: int, cache: CacheLayout) -> int:
         """Bytes of a plan of decode attention; 0 if the device or the cache allow none."""

@@ -12,6 +12,7 @@ from tests.cuda import ops
 from tests.cuda.arrays import Weights
 from tests.cuda.attention_case import DTYPES, Sequences, decode, distance, encode, structures
 from tests.cuda.memory import Array, Buffer
+from tests.cuda.rows_case import UNITS
 
 DECODE_PARTS = 32
 POISON = 12345.0
@@ -62,6 +63,13 @@ def run_decode(
     library.call("decode_attention", args)
     assert not arrived.numpy().any()
     result = out.numpy()
+    if planned and cache.dtype != "float32":
+        packed = Buffer(encode(np.full((len(rows), width + 5), POISON, np.float32), cache.dtype))
+        args.packed = packed.pointer
+        library.call("decode_attention", args)
+        want = result / UNITS[args.cache.dtype]
+        want[:, width:] = POISON
+        assert (packed.numpy() == encode(want, cache.dtype)).all()
     assert (result[:, width:] == POISON).all()
     return result[:, :width].reshape(q.shape)
 

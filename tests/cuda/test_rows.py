@@ -20,6 +20,7 @@ from tests.cuda.arrays import (
     row_list,
     rows_of,
 )
+from tests.cuda.rows_case import Packed, pack
 from tests.cuda.test_linear import DTYPES
 
 FLOATS = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
@@ -64,6 +65,44 @@ def test_embed(library: ops.Library, dtype: str, hidden: int) -> None:
     got = out.get()
     assert np.abs(got - want).max() < 1e-6
     assert (got[:, hidden:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("hidden", [33, 1024, 1600])
+def test_embed_packed(library: ops.Library, dtype: str, hidden: int) -> None:
+    """Beside float32, what PackRows makes of it."""
+    if not library.rows_supported(DTYPES[dtype], hidden):
+        pytest.skip("LinearRows needs sm_90a")
+    rng = np.random.default_rng(hidden)
+    table = Weights(rng, 50, hidden, DTYPES[dtype], bias=False)
+    norm = NormWeights(rng, hidden)
+    positions = Array(rng.standard_normal((12, hidden)).astype(np.float32))
+    tokens = Array(rng.integers(0, 50, 12).astype(np.int32))
+    slots = (ops.Slot * 1)()
+    slots[0].length, slots[0].tokens = 12, tokens.ptr
+    device_slots = Array(np.frombuffer(bytes(slots), np.uint8))
+    rows = [(0, -1), (-1, -1), (0, 0), (0, 7)]
+    device_rows = row_list(rows)
+    ldo = round_up(hidden, 8)
+    out = Array(np.full((len(rows), ldo), 7.0, np.float32))
+    packed = Packed(len(rows), hidden, DTYPES[dtype])
+    args = ops.EmbedArgs(
+        table.matrix,
+        positions.ptr,
+        hidden,
+        device_rows.ptr,
+        device_slots.ptr,
+        len(rows),
+        out.ptr,
+        ldo,
+        packed=packed.struct,
+        weight=norm.struct.weight,
+        dtype=DTYPES[dtype],
+    )
+    library.call("embed", args)
+    again = pack(library, out.get()[:, :hidden], DTYPES[dtype], norm)
+    assert np.array_equal(packed.values(), again.values())
+    assert np.array_equal(packed.parts(), again.parts())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,0 +1,467 @@
+// LinearRows: products of decode steps on the warpgroups of sm_90a. A step is a chain of such products of
+// few microseconds each, bound by reading the weights, so a kernel asks for as much of its weights as its
+// part of shared memory holds before the kernel before has ended. What is left when that has ended is
+// short: the rows come as 16 bits, as they are multiplied, by the bulk engine; four warps multiply; the
+// blocks of a cluster, each of which has a share of the columns, exchange their sums; each finishes some
+// rows, and writes them as the next product wants them.
+//
+// A tile has 64 outputs, the m64 operand of the products, and up to 64 rows, the other operand. Columns
+// come in chunks of 64, the width of a swizzled line, of which the blocks of a cluster have a share each.
+// One warp has them copied: where there is room for the whole share, in one go and without anybody being
+// told of the pieces, else through a ring. Four warps multiply, three read meanwhile what the norm needs,
+// and all eight finish. How columns are cut depends on the shape of the weights alone; a share is summed in
+// the order of its columns, and shares in theirs: the bits of a row's result do not depend on the rows
+// beside it.
+//
+// Sums travel as the fragments that they are, two rows of 64 outputs as a unit, by stores that complete on a
+// barrier of the block that finishes these rows. A norm is not waited for: see FoldNorm and PackedRows.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/linear_rows.h"
+
+namespace fastgen {
+namespace cuda {
+namespace linear_rows {
+
+#if FASTGEN_ARCH_HAS_WARPGROUP
+
+struct Barriers {
+  uint64_t there[kMaxStages], read[kMaxStages];
+  uint64_t sums_there;
+};
+
+__device__ __forceinline__ int32_t ShareBegin(const RowsPlan& plan, int32_t rank) {
+  return static_cast<int32_t>(static_cast<uint32_t>(plan.chunks) * rank >> plan.cluster_bits);
+}
+
+// Has the block's share of weights and rows copied; by one thread. Where all of it has room, it is waited
+// for as one, and asked for in one if rows are whole chunks; the last of its chunks may not be used.
+template <int kRows>
+struct Supply {
+  static constexpr int32_t kRowBytes = kRows * kChunkColumns * 2;
+
+  const RowsPlan& plan;
+  Barriers& barriers;
+  uint32_t weights_to, rows_to;
+  int32_t first_output, first_row, first_chunk, chunks;
+
+  __device__ __forceinline__ void CopyWeights(int32_t chunk, int32_t stage) const {
+    StreamTile(weights_to + stage * kWeightBytes, plan.weights, plan.whole, first_chunk + chunk,
+               first_output, &barriers.there[plan.resident ? 0 : stage]);
+  }
+  __device__ __forceinline__ void CopyRows(int32_t chunk, int32_t stage) const {
+    CopyTile(rows_to + stage * kRowBytes, plan.rows, plan.whole, first_chunk + chunk, first_row,
+             &barriers.there[plan.resident ? 0 : stage]);
+  }
+
+  __device__ __forceinline__ void Early() const {
+    if (plan.resident) {
+      BarrierArriveExpect(&barriers.there[0], plan.stages * (kWeightBytes + kRowBytes));
+    }
+#pragma unroll 1
+    for (int32_t i = 0; i < plan.stages; i += plan.copied_at_once) {
+      if (!plan.resident) BarrierArriveExpect(&barriers.there[i], kWeightBytes + kRowBytes);
+      CopyWeights(i, i);
+    }
+  }
+
+  // The rows, once there are any, and what there was no room for.
+  __device__ __forceinline__ void Rest() const {
+#pragma unroll 1
+    for (int32_t i = 0; i < plan.stages; i += plan.copied_at_once) CopyRows(i, i);
+    int32_t stage = 0;
+    uint32_t parity = 0;
+#pragma unroll 1
+    for (int32_t i = plan.stages; i < chunks; ++i) {
+      BarrierWait(&barriers.read[stage], parity);
+      BarrierArriveExpect(&barriers.there[stage], kWeightBytes + kRowBytes);
+      CopyWeights(i, stage);
+      CopyRows(i, stage);
+      if (++stage == plan.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+};
+
+// The products of a chunk, whose tiles are at descriptors a and b.
+template <typename Element, int kRows>
+__device__ __forceinline__ void MultiplyChunk(uint64_t a, uint64_t b, float (&sums)[kRows / 2]) {
+#pragma unroll
+  for (int k = 0; k < kChunkColumns / 16; ++k) {
+    WarpgroupProduct<Element, kRows>::Add(sums, a + 2 * k, b + 2 * k);
+  }
+}
+
+// The products of the block's share.
+template <typename Element, int kRows>
+__device__ __forceinline__ void MultiplyShare(const RowsPlan& plan, Barriers& barriers,
+                                              uint32_t weights_from, uint32_t rows_from,
+                                              int32_t chunks, int32_t lane,
+                                              float (&sums)[kRows / 2]) {
+  constexpr int32_t kWeightStep = kWeightBytes / 16;
+  constexpr int32_t kRowStep = Supply<kRows>::kRowBytes / 16;
+  const uint64_t weights = TileDescriptor(weights_from);
+  const uint64_t rows = TileDescriptor(rows_from);
+  if (plan.resident) {
+    BarrierWait(&barriers.there[0], 0);
+#pragma unroll 1
+    for (int32_t i = 0; i < chunks; ++i) {
+      WarpgroupFence();
+      MultiplyChunk<Element, kRows>(weights + i * kWeightStep, rows + i * kRowStep, sums);
+      WarpgroupCommit();
+    }
+    WarpgroupWait<0>();
+  } else {
+    int32_t stage = 0, before = 0;
+    uint32_t parity = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < chunks; ++i) {
+      BarrierWait(&barriers.there[stage], parity);
+      WarpgroupFence();
+      MultiplyChunk<Element, kRows>(weights + stage * kWeightStep, rows + stage * kRowStep, sums);
+      WarpgroupCommit();
+      WarpgroupWait<1>();
+      if (i > 0 && lane == 0) BarrierArrive(&barriers.read[before]);
+      before = stage;
+      if (++stage == plan.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    WarpgroupWait<0>();
+  }
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) {
+    asm volatile("" : "+f"(sums[i])::"memory");
+  }
+}
+
+#endif  // FASTGEN_ARCH_HAS_WARPGROUP
+
+template <typename Element, int kRows, Epilogue kEpilogue>
+__global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
+    RowsKernel(const FASTGEN_GRID_CONSTANT RowsPlan plan) {
+#if FASTGEN_ARCH_HAS_WARPGROUP
+  __shared__ Barriers barriers;
+  // A swizzled line's place follows from its address.
+  char* const shared = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
+  const LinearRowsArgs& args = plan.args;
+  const int32_t thread = threadIdx.x;
+  const int32_t warp = thread / 32;
+  const int32_t lane = thread % 32;
+  const int32_t blocks = 1 << plan.cluster_bits;
+  const int32_t rank = blockIdx.x & (blocks - 1);
+  const int32_t tile = blockIdx.x >> plan.cluster_bits;
+  const int32_t first_row = blockIdx.y * kRows;
+  const int32_t rows = min(args.rows - first_row, kRows);
+  const int32_t pairs = (rows + 1) / 2;
+  const int32_t my_pairs = (pairs - rank + blocks - 1) >> plan.cluster_bits;
+  const int32_t first_chunk = ShareBegin(plan, rank);
+  const int32_t chunks = ShareBegin(plan, rank + 1) - first_chunk;
+  const uint32_t weights_at = SharedAddress(shared);
+  const uint32_t rows_at = weights_at + plan.rows_at;
+
+  const Supply<kRows> supply = {plan,      barriers,    weights_at, rows_at, tile * kTileOutputs,
+                                first_row, first_chunk, chunks};
+  if (thread == kSupplyWarp * 32) {
+    for (int32_t i = 0; i < plan.stages; ++i) {
+      BarrierInit(&barriers.there[i], 1);
+      BarrierInit(&barriers.read[i], kMultipliers / 32);
+    }
+    BarrierInit(&barriers.sums_there, 1);
+    BarrierInitDone();
+    if (blocks > 1) {
+      BarrierArriveExpect(&barriers.sums_there, my_pairs * blocks * kPairBytes);
+    }
+    supply.Early();
+    PrefetchMap(plan.rows);
+  }
+
+  // What no kernel writes is read before the kernel before has ended.
+  const Outputs outputs = OutputsOf<kEpilogue>(plan, tile * kTileOutputs + FirstOutput(lane));
+  CachePlace* const places = reinterpret_cast<CachePlace*>(shared + plan.places_at);
+  if (kEpilogue == Epilogue::kQkv && thread < 2 * my_pairs) {
+    const int32_t row = RowOf(plan, rank, thread);
+    if (row < rows) places[thread] = PlaceOf(args.row_list[first_row + row], args.slots);
+  }
+  NormSums* const norms = reinterpret_cast<NormSums*>(shared + plan.norms_at);
+  const char* const sums_from = shared + plan.sums_at + lane * 16;
+  float residual[kLaneOutputs] = {};
+  const auto read_residual = [&](int32_t pair) {
+    if (kEpilogue != Epilogue::kResidual) return;
+    const int32_t row = RowOf(plan, rank, 2 * pair + lane % 2);
+    if (pair >= my_pairs || row >= rows) return;
+    const float* const from = args.y + (first_row + row) * args.ldy + outputs.n;
+#pragma unroll
+    for (int i = 0; i < kLaneOutputs; i += 2) {
+      if (Further(i) + 1 < outputs.left) {
+        const float2 x = __ldcg(reinterpret_cast<const float2*>(from + Further(i)));
+        residual[i] = x.x, residual[i + 1] = x.y;
+      } else if (Further(i) < outputs.left) {
+        residual[i] = __ldcg(from + Further(i));
+      }
+    }
+  };
+  __syncthreads();
+  LetNextGridStart();
+  if (blocks > 1) {
+    ClusterArrive();
+    ClusterWait();
+  }
+  WaitForGrid();
+
+  if (warp == kSupplyWarp) {
+    if (lane == 0) supply.Rest();
+    __syncwarp();
+  }
+  read_residual(warp);
+  if (warp > kSupplyWarp) {
+    if (args.norm_sums != nullptr) {
+      ReadNorms(plan, first_row, rows, rank, 2 * my_pairs, warp, lane, norms);
+    }
+  } else if (warp < kSupplyWarp) {
+    float sums[kRows / 2];
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
+    MultiplyShare<Element, kRows>(plan, barriers, weights_at, rows_at, chunks, lane, sums);
+    // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
+    const uint32_t to = weights_at + plan.sums_at + rank * kPairBytes + (warp * 8 + lane / 4) * 16;
+    const uint32_t there = SharedAddress(&barriers.sums_there);
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const int32_t pair = 4 * j + lane % 4;
+      if (pair >= pairs) break;
+      const int32_t block = pair & (blocks - 1);
+      const uint32_t at = to + (pair >> plan.cluster_bits << plan.cluster_bits) * kPairBytes;
+      const float4 mine =
+          make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+      if (blocks > 1) {
+        StoreAsync(AddressInBlock(at, block), mine, AddressInBlock(there, block));
+      } else {
+        *reinterpret_cast<float4*>(shared + (at - weights_at)) = mine;
+      }
+    }
+  }
+  __syncthreads();  // norms, and a lone block's sums
+  if (blocks > 1 && warp < my_pairs) BarrierWait(&barriers.sums_there, 0);
+
+#pragma unroll 1
+  for (int32_t pair = warp; pair < my_pairs; pair += kWarps) {
+    // Of the lane's row: what it has itself, and what the lane beside it has.
+    const int32_t odd = lane % 2;
+    const int32_t local = 2 * pair + odd;
+    const int32_t row = RowOf(plan, rank, local);
+    const char* const from = sums_from + (pair << plan.cluster_bits) * kPairBytes;
+    float4 part[kMaxBlocks];
+#pragma unroll
+    for (int share = 0; share < kMaxBlocks; ++share) {
+      if (share < blocks) part[share] = *reinterpret_cast<const float4*>(from + share * kPairBytes);
+    }
+    float4 sum = part[0];
+#pragma unroll
+    for (int share = 1; share < kMaxBlocks; ++share) {
+      if (share >= blocks) break;
+      sum.x += part[share].x, sum.y += part[share].y;
+      sum.z += part[share].z, sum.w += part[share].w;
+    }
+    const float low = __shfl_xor_sync(0xffffffffu, odd ? sum.x : sum.y, 1);
+    const float high = __shfl_xor_sync(0xffffffffu, odd ? sum.z : sum.w, 1);
+    float value[kLaneOutputs] = {odd ? low : sum.x, odd ? sum.y : low, odd ? high : sum.z,
+                                 odd ? sum.w : high};
+    NormSums norm = {0.0f, 1.0f};
+    if (args.norm_sums != nullptr) norm = norms[local];
+    const float unit = linear_weights::UnitOf(Element());
+#pragma unroll
+    for (int i = 0; i < kLaneOutputs; ++i) {
+      const float centred = fmaf(-norm.mean, outputs.norm_sums[i], __fmul_rn(value[i], unit));
+      value[i] = fmaf(norm.scale, centred, outputs.bias[i]);
+    }
+    FinishRow<Element, kEpilogue>(plan, outputs, tile, first_row + row, row < rows, places + local,
+                                  value, residual, lane);
+    if (pair + kWarps < my_pairs) read_residual(pair + kWarps);
+  }
+#endif
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(256) PackKernel(const PackRowsArgs args) {
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  LetNextGridStart();
+  WaitForGrid();
+  const int32_t parts = (args.size + kPartColumns - 1) / kPartColumns;
+  for (int32_t part = threadIdx.x / 32 * 2; part < parts; part += blockDim.x / 16) {
+    PackParts<Element>(args.x + blockIdx.x * args.ldx, args.size, args.weight, part, args.out,
+                       blockIdx.x, threadIdx.x % 32);
+  }
+#endif
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+// Of two kernels in sequence, blocks of both are on a multiprocessor together as long as none takes more
+// than this, which includes what is lost before the first multiple of 1024.
+constexpr int64_t kSharedBytes = 112 * 1024;
+constexpr int32_t kMaxClusterBits = 3;
+constexpr int32_t kFixedBytes = 1024;  // of shared memory, for barriers, at most
+
+// Columns are cut where there are few tiles of outputs, so that there are about as many blocks as
+// multiprocessors in the devices that have this kernel.
+int32_t ClusterBits(const Matrix& w) {
+  constexpr int32_t kBlocks = 160;
+  const int32_t tiles = Quotient(w.out, kTileOutputs);
+  const int32_t chunks = Quotient(w.in, kChunkColumns);
+  int32_t bits = 0;
+  while (bits < kMaxClusterBits && tiles << (bits + 1) <= kBlocks && chunks >> (bits + 1) > 0) {
+    ++bits;
+  }
+  return bits;
+}
+
+// Whether the kernel was compiled for a device that has what it needs: it has barriers then.
+cudaError_t HasKernel(bool* has) {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(
+      &attributes, reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore>));
+  *has = status == cudaSuccess && attributes.sharedSizeBytes > 0;
+  return status;
+}
+
+// Fills the plan's sizes; returns the bytes of shared memory.
+int64_t Arrange(int32_t kernel_rows, RowsPlan* plan) {
+  const int32_t blocks = 1 << plan->cluster_bits;
+  const int32_t share = Quotient(plan->chunks, blocks);
+  const int64_t row_bytes = int64_t{kernel_rows} * kChunkColumns * 2;
+  // Of all shares; pairs are dealt out by blocks, and the last round may be no whole one.
+  const int64_t sums = int64_t{Quotient(kernel_rows / 2, blocks)} * blocks * kPairBytes;
+  const int32_t locals = Quotient(kernel_rows / 2, blocks) * 2;
+  const int64_t rest =
+      sums + locals * static_cast<int64_t>(sizeof(NormSums) + sizeof(CachePlace)) + 1024;
+  const int64_t room = (kSharedBytes - kFixedBytes - rest) / (kWeightBytes + row_bytes);
+  plan->stages = static_cast<int32_t>(std::min({room, int64_t{share}, int64_t{kMaxStages}}));
+  plan->resident = plan->stages >= share;
+  plan->whole = plan->args.w.in % kChunkColumns == 0;
+  plan->copied_at_once = plan->resident && plan->whole ? plan->stages : 1;
+  plan->rows_at = plan->stages * kWeightBytes;
+  plan->sums_at = static_cast<int32_t>(plan->rows_at + plan->stages * row_bytes);
+  plan->norms_at = plan->sums_at + static_cast<int32_t>(sums);
+  plan->places_at = plan->norms_at + locals * static_cast<int32_t>(sizeof(NormSums));
+  return plan->places_at + locals * static_cast<int64_t>(sizeof(CachePlace)) + 1024;
+}
+
+template <typename Element, int kRows, Epilogue kEpilogue>
+cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
+  const LinearRowsArgs& args = plan->args;
+  LaunchShape shape;
+  shape.shared_bytes = static_cast<size_t>(Arrange(kRows, plan));
+  TiledMatrix weights;
+  weights.data = args.w.data;
+  weights.row_bytes = args.w.row_bytes;
+  weights.rows = args.w.out;
+  weights.columns = args.w.in;
+  weights.tile_rows = kTileOutputs;
+  weights.chunks = plan->copied_at_once;
+  cudaError_t status = MakeTensorMap(weights, &plan->weights);
+  if (status != cudaSuccess) return status;
+  TiledMatrix rows;
+  rows.data = args.x.data;
+  rows.row_bytes = args.x.stride * 2;
+  rows.rows = args.rows;
+  rows.columns = args.w.in;
+  rows.tile_rows = kRows;
+  rows.chunks = plan->copied_at_once;
+  status = MakeTensorMap(rows, &plan->rows);
+  if (status != cudaSuccess) return status;
+  shape.grid = dim3(static_cast<unsigned>(Quotient(args.w.out, kTileOutputs) << plan->cluster_bits),
+                    static_cast<unsigned>(Quotient(args.rows, kRows)));
+  shape.threads = kThreads;
+  shape.cluster = 1 << plan->cluster_bits;
+  shape.overlap = args.overlap;
+  return Launch(RowsKernel<Element, kRows, kEpilogue>, shape, stream, *plan);
+}
+
+template <typename Element, Epilogue kEpilogue>
+cudaError_t LaunchFor(RowsPlan* plan, cudaStream_t stream) {
+  const int32_t rows = plan->args.rows;
+  if (rows <= 8) return LaunchRows<Element, 8, kEpilogue>(plan, stream);
+  if (rows <= 16) return LaunchRows<Element, 16, kEpilogue>(plan, stream);
+  if (rows <= 32) return LaunchRows<Element, 32, kEpilogue>(plan, stream);
+  return LaunchRows<Element, kMaxRows, kEpilogue>(plan, stream);
+}
+
+template <typename Element>
+cudaError_t LaunchWith(RowsPlan* plan, cudaStream_t stream) {
+  switch (plan->args.epilogue) {
+    case Epilogue::kStore: return LaunchFor<Element, Epilogue::kStore>(plan, stream);
+    case Epilogue::kGelu: return LaunchFor<Element, Epilogue::kGelu>(plan, stream);
+    case Epilogue::kResidual: return LaunchFor<Element, Epilogue::kResidual>(plan, stream);
+    case Epilogue::kQkv: return LaunchFor<Element, Epilogue::kQkv>(plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace linear_rows
+
+cudaError_t LinearRowsSupported(DType weights, int32_t normed_columns, bool* supported) {
+  using namespace linear_rows;
+  *supported = false;
+  // Where a norm is of few columns, they may be so alike that differences of sums are all rounding.
+  constexpr int32_t kNormColumns = 32;
+  if (!FASTGEN_CUDA_HAS_PERSISTENT || normed_columns < kNormColumns) return cudaSuccess;
+  if (weights != DType::kFloat16 && weights != DType::kBFloat16) return cudaSuccess;
+  bool has = false;
+  cudaError_t status = HasKernel(&has);
+  if (status != cudaSuccess || !has || !TensorMapsSupported()) return status;
+  DeviceLimits limits;
+  status = GetDeviceLimits(&limits);
+  if (status != cudaSuccess) return status;
+  static KnownClusters known;
+  const void* const kernel = reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore>);
+  limits.shared_bytes -= kFixedBytes;
+  *supported = ClustersAtOnce(kernel, kMaxClusterBits, kThreads, limits, &known) > 0;
+  return cudaSuccess;
+}
+
+cudaError_t LinearRows(const LinearRowsArgs& args, cudaStream_t stream) {
+  using namespace linear_rows;
+  if (args.rows == 0 || args.w.out == 0) return cudaSuccess;
+  RowsPlan plan = {};
+  plan.args = args;
+  if (args.epilogue == Epilogue::kQkv) {
+    plan.query_factor = 1.0f / std::sqrt(static_cast<float>(args.cache.head_size));
+    plan.head_size = DivisorOf(args.cache.head_size);
+  }
+  plan.chunks = Quotient(args.w.in, kChunkColumns);
+  plan.inverse_in = 1.0f / static_cast<float>(args.w.in);
+  plan.cluster_bits = ClusterBits(args.w);
+  if (args.cluster > 0) {
+    plan.cluster_bits = 0;
+    while (1 << plan.cluster_bits < args.cluster && plan.cluster_bits < kMaxClusterBits) {
+      ++plan.cluster_bits;
+    }
+  }
+  switch (args.w.dtype) {
+    case DType::kFloat16: return LaunchWith<__half>(&plan, stream);
+    case DType::kBFloat16: return LaunchWith<BFloat16>(&plan, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t PackRows(const PackRowsArgs& args, cudaStream_t stream) {
+  using namespace linear_rows;
+  if (args.rows == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.rows));
+  shape.threads = 256;
+  shape.overlap = args.overlap;
+  switch (args.dtype) {
+    case DType::kFloat16: return Launch(PackKernel<__half>, shape, stream, args);
+    case DType::kBFloat16: return Launch(PackKernel<BFloat16>, shape, stream, args);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace cuda
+}  // namespace fastgen

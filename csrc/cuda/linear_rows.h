@@ -1,0 +1,286 @@
+// How the kernel of linear_rows.cu ends. A warp finishes two rows at a time, a pair, of which the lanes
+// of even numbers have one: four outputs each, two neighbours and the two that are 8 further.
+#pragma once
+
+#include "cuda/linear.h"
+#include "cuda/pack_rows.h"
+#include "cuda/warpgroup.h"
+
+namespace fastgen {
+namespace cuda {
+namespace linear_rows {
+
+constexpr int kTileOutputs = 64;
+constexpr int kChunkColumns = 64;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;  // all of which finish
+constexpr int kMultipliers = 128;      // threads that multiply: the first four warps
+constexpr int kSupplyWarp = 4;         // has tiles copied; the warps after it read norms
+constexpr int kWeightBytes = kTileOutputs * kChunkColumns * 2;  // of a stage
+constexpr int kMaxStages = 24;
+constexpr int kMaxRows = 64;   // of a block
+constexpr int kMaxBlocks = 8;  // of a cluster
+static_assert(kMaxBlocks <= kWarps, "a warp sends to each");
+constexpr int kLaneOutputs = 4;
+constexpr int kPairBytes =
+    2 * kTileOutputs * 4;  // of a pair's sums: of two rows, a fragment after the other
+static_assert(kTileOutputs == kPartColumns, "a tile is a part of the next norm");
+
+struct RowsPlan {
+  TensorMap weights, rows;
+  LinearRowsArgs args;
+  float query_factor;  // 1 / sqrt(head_size)
+  float inverse_in;    // 1 / columns
+  Divisor head_size;
+  int32_t cluster_bits;    // log2 of the blocks that share outputs
+  int32_t chunks;          // of a row
+  int32_t stages;          // of weights and rows that there is room for
+  bool resident;           // for all of a share
+  bool whole;              // rows are whole chunks
+  int32_t copied_at_once;  // chunks
+  // Offsets in shared memory, where stages of weights come first.
+  int32_t rows_at, sums_at, norms_at, places_at;
+};
+
+#if FASTGEN_ARCH_HAS_WARPGROUP
+
+// The first output of a lane in a tile, and which of its outputs is how much further.
+__device__ __forceinline__ int32_t FirstOutput(int32_t lane) {
+  return lane / 8 * 16 + lane % 8 / 2 * 2;
+}
+__device__ __forceinline__ int32_t Further(int32_t i) { return i / 2 * 8 + i % 2; }
+
+// A lane's outputs, the same of all rows.
+struct Outputs {
+  int32_t n;     // the first
+  int32_t left;  // outputs from there on
+  float bias[kLaneOutputs], norm_sums[kLaneOutputs], weight[kLaneOutputs];
+  bool neighbours;     // two of them go to one head
+  int64_t in_page[2];  // where neighbours go in a page at position 0; below 0: to y
+};
+
+// Reads what no kernel writes.
+template <Epilogue kEpilogue>
+__device__ __forceinline__ Outputs OutputsOf(const RowsPlan& plan, int32_t n) {
+  const LinearRowsArgs& args = plan.args;
+  const bool normed = args.norm_sums != nullptr;
+  const float* const bias = normed ? args.norm_bias : args.w.bias;
+  Outputs o;
+  o.n = n;
+  o.left = args.w.out - n;
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; ++i) {
+    const int32_t at = n + Further(i);
+    const bool there = Further(i) < o.left;
+    o.bias[i] = there && bias != nullptr ? __ldg(bias + at) : 0.0f;
+    o.norm_sums[i] = there && normed ? __ldg(args.norm_sums + at) : 0.0f;
+    o.weight[i] = kEpilogue == Epilogue::kResidual && there && args.out_weight != nullptr
+                      ? __ldg(args.out_weight + at)
+                      : 1.0f;
+  }
+  o.neighbours = false;
+  o.in_page[0] = o.in_page[1] = -1;
+  if (kEpilogue != Epilogue::kQkv) return o;
+  const CacheLayout& cache = args.cache;
+  const int32_t width = cache.num_heads * cache.head_size;
+  o.neighbours = cache.head_size % 2 == 0 && cache.head_stride == cache.head_size &&
+                 cache.dtype != DType::kFloat32;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    const int32_t at = n + 8 * pair;
+    if (at < width) continue;
+    const int32_t kind = at < 2 * width ? 0 : 1;
+    const int32_t column = at - width * (kind + 1);
+    const int32_t head = Divide(column, plan.head_size);
+    o.in_page[pair] = PageIndex(cache, args.layer, kind, head, 0) + column - head * cache.head_size;
+  }
+  return o;
+}
+
+// The tanh form of GELU, to the precision of 16 bits.
+__device__ __forceinline__ float RoundedGelu(float x) {
+  const float u = __fmul_rn(0.7978845608028654f, fmaf(__fmul_rn(0.044715f, x), __fmul_rn(x, x), x));
+  return __fdividef(x, 1.0f + __expf(__fmul_rn(-2.0f, u)));
+}
+
+__device__ __forceinline__ void StoreFloats(float* y, int32_t left,
+                                            const float (&value)[kLaneOutputs]) {
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; i += 2) {
+    float* const to = y + Further(i);
+    if (Further(i) + 1 < left) {
+      *reinterpret_cast<float2*>(to) = make_float2(value[i], value[i + 1]);
+    } else if (Further(i) < left) {
+      *to = value[i];
+    }
+  }
+}
+
+// What is behind the last output of a row is written too, up to an even number.
+template <typename Element>
+__device__ __forceinline__ void StorePacked(uint16_t* to, int32_t left,
+                                            const float (&value)[kLaneOutputs],
+                                            const float (&weight)[kLaneOutputs]) {
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; i += 2) {
+    if (Further(i) < left) {
+      *reinterpret_cast<uint32_t*>(to + Further(i)) =
+          PackTwo<Element>(value[i], value[i + 1], weight[i], weight[i + 1]);
+    }
+  }
+}
+
+// Of a product before attention, output by output: heads may begin anywhere.
+__device__ __forceinline__ void StoreQkvOneByOne(const RowsPlan& plan, int32_t first, int32_t left,
+                                                 int32_t row, const CachePlace& place,
+                                                 float4 value) {
+  const LinearRowsArgs& args = plan.args;
+  const CacheLayout& cache = args.cache;
+  const int32_t width = cache.num_heads * cache.head_size;
+#pragma unroll 1
+  for (int32_t i = 0; i < kLaneOutputs && Further(i) < left; ++i) {
+    const int32_t n = first + Further(i);
+    const float x = i == 0 ? value.x : i == 1 ? value.y : i == 2 ? value.z : value.w;
+    if (n < width) {
+      args.y[row * args.ldy + n] = __fmul_rn(x, plan.query_factor);
+      continue;
+    }
+    if (place.page == nullptr) continue;
+    const int32_t kind = n < 2 * width ? 0 : 1;
+    const int32_t column = n - width * (kind + 1);
+    const int32_t head = Divide(column, plan.head_size);
+    const int32_t d = column - head * cache.head_size;
+    const int64_t index = PageIndex(cache, args.layer, kind, head, place.in_page) + d;
+    StoreElement(cache.dtype, place.page, index, x);
+    if (d + 1 < cache.head_size) continue;
+    for (int32_t pad = 1; pad <= cache.head_stride - cache.head_size; ++pad) {
+      StoreElement(cache.dtype, place.page, index + pad, 0.0f);
+    }
+  }
+}
+
+__device__ __forceinline__ void StoreQkv(const RowsPlan& plan, const Outputs& o, int32_t row,
+                                         const CachePlace& place,
+                                         const float (&value)[kLaneOutputs]) {
+  const LinearRowsArgs& args = plan.args;
+  if (!o.neighbours) {
+    StoreQkvOneByOne(plan, o.n, o.left, row, place,
+                     make_float4(value[0], value[1], value[2], value[3]));
+    return;
+  }
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    const float first = value[2 * pair], second = value[2 * pair + 1];
+    if (8 * pair >= o.left) return;
+    if (o.in_page[pair] < 0) {
+      *reinterpret_cast<float2*>(args.y + row * args.ldy + o.n + 8 * pair) =
+          make_float2(__fmul_rn(first, plan.query_factor), __fmul_rn(second, plan.query_factor));
+    } else if (place.page != nullptr) {
+      const int64_t index = o.in_page[pair] + place.in_page * args.cache.head_stride;
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(place.page) + index) =
+          args.cache.dtype == DType::kFloat16 ? RoundPairFinite<__half>(first, second)
+                                              : RoundPairFinite<BFloat16>(first, second);
+    }
+  }
+}
+
+// What the next norm needs of the row's outputs in a tile, of which the first `count` are there.
+// Differences to the first one are summed: see PartOf.
+__device__ __forceinline__ float2 PartOfTile(const float (&value)[kLaneOutputs], int32_t left,
+                                             int32_t count, int32_t lane) {
+  const float pivot = __shfl_sync(0xffffffffu, value[0], lane % 2);
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; ++i) {
+    const float d = Further(i) < left ? value[i] - pivot : 0.0f;
+    sum += d;
+    squares = fmaf(d, d, squares);
+  }
+#pragma unroll
+  for (int offset = 2; offset < 32; offset *= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+  }
+  return JoinedPart(pivot, sum, squares, count);
+}
+
+// Finishes a lane's outputs of a row; all lanes of the warp take part, `there` or not.
+template <typename Element, Epilogue kEpilogue>
+__device__ __forceinline__ void FinishRow(const RowsPlan& plan, const Outputs& o, int32_t tile,
+                                          int32_t row, bool there, const CachePlace* place,
+                                          float (&value)[kLaneOutputs],
+                                          const float (&residual)[kLaneOutputs], int32_t lane) {
+  const LinearRowsArgs& args = plan.args;
+  float* const y = args.y + row * args.ldy + o.n;
+  uint16_t* const packed = static_cast<uint16_t*>(args.out.data) + row * args.out.stride + o.n;
+  if (kEpilogue == Epilogue::kStore) {
+    if (there) StoreFloats(y, o.left, value);
+  } else if (kEpilogue == Epilogue::kGelu) {
+#pragma unroll
+    for (int i = 0; i < kLaneOutputs; ++i) value[i] = RoundedGelu(value[i]);
+    if (there) StorePacked<Element>(packed, o.left, value, o.weight);
+  } else if (kEpilogue == Epilogue::kResidual) {
+#pragma unroll
+    for (int i = 0; i < kLaneOutputs; ++i) value[i] += residual[i];
+    if (there) StoreFloats(y, o.left, value);
+    if (args.out.data == nullptr) return;
+    if (there) StorePacked<Element>(packed, o.left, value, o.weight);
+    const int32_t count = min(args.w.out - tile * kTileOutputs, kTileOutputs);
+    const float2 part = PartOfTile(value, o.left, count, lane);
+    if (there && lane < 2) args.out.parts[row * args.out.part_stride + tile] = part;
+  } else if (there) {
+    StoreQkv(plan, o, row, *place, value);
+  }
+}
+
+// A block's rows go in pairs round the blocks of its cluster. Row `local` of the block's is this one of
+// the tile's.
+__device__ __forceinline__ int32_t RowOf(const RowsPlan& plan, int32_t rank, int32_t local) {
+  return 2 * ((local / 2) << plan.cluster_bits | rank) + local % 2;
+}
+
+// What the norm does to a block's rows, to `norms`; by the warps from kSupplyWarp + 1 on. A row is four
+// lanes'.
+__device__ __forceinline__ void ReadNorms(const RowsPlan& plan, int32_t first_row, int32_t rows,
+                                          int32_t rank, int32_t locals, int32_t warp, int32_t lane,
+                                          NormSums* norms) {
+  constexpr int kReaders = kWarps - kSupplyWarp - 1;
+  constexpr int kPartsAtOnce = 4;  // that a lane reads
+  const LinearRowsArgs& args = plan.args;
+  const int32_t size = args.w.in;
+  const int32_t parts = (size + kPartColumns - 1) / kPartColumns;
+#pragma unroll 1
+  for (int32_t first = (warp - kSupplyWarp - 1) * 8; first < locals; first += 8 * kReaders) {
+    const int32_t local = first + lane / 4;
+    const bool there = local < locals && RowOf(plan, rank, local) < rows;
+    const float2* const row =
+        args.x.parts + (first_row + (there ? RowOf(plan, rank, local) : 0)) * args.x.part_stride;
+    PartSums sums;
+    sums.pivot = __ldcg(&row->x);
+#pragma unroll 1
+    for (int32_t part = lane % 4; part < parts; part += 4 * kPartsAtOnce) {
+      float2 read[kPartsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kPartsAtOnce; ++i) read[i] = __ldcg(row + min(part + 4 * i, parts - 1));
+#pragma unroll
+      for (int i = 0; i < kPartsAtOnce; ++i) {
+        const int32_t left = size - (part + 4 * i) * kPartColumns;
+        if (left > 0) sums.Add(read[i], static_cast<float>(min(left, kPartColumns)));
+      }
+    }
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+      sums.sum += __shfl_xor_sync(0xffffffffu, sums.sum, offset);
+      sums.squares += __shfl_xor_sync(0xffffffffu, sums.squares, offset);
+    }
+    if (there && lane % 4 == 0) {
+      norms[local] = sums.Norm(plan.inverse_in, args.eps);
+    }
+  }
+}
+
+#endif  // FASTGEN_ARCH_HAS_WARPGROUP
+
+}  // namespace linear_rows
+}  // namespace cuda
+}  // namespace fastgen
