@@ -129,7 +129,7 @@ cudaError_t WithNarrowShape(int chunks, const Launch& launch) {
 
 template <typename Launch>
 cudaError_t WithDecodeShape(const CacheLayout& cache, const Launch& launch) {
-  if (cache.head_size > 256) return cudaErrorInvalidValue;
+  if (cache.head_size > kMostHeadSize) return cudaErrorInvalidValue;
   switch (cache.dtype) {
     case DType::kFloat32: {
       const int chunks = cache.head_stride / 4;

@@ -305,6 +305,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
 
 template <typename Call>
 cudaError_t WithFlavour(const CacheLayout& cache, int32_t rows, const Call& call) {
+  if (cache.head_size > kMostHeadSize) return cudaErrorInvalidValue;
   const bool many = int64_t{rows} * cache.num_heads > kManyQueries;
   switch (cache.dtype) {
     case DType::kFloat32: {

@@ -457,7 +457,7 @@ cudaError_t LaunchType(const PrefillAttentionArgs& args, cudaStream_t stream) {
 
 cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream) {
   if (args.num_runs <= 0 || args.longest_run <= 0) return cudaSuccess;
-  if (args.cache.head_size > 256) return cudaErrorInvalidValue;
+  if (args.cache.head_size > kMostHeadSize) return cudaErrorInvalidValue;
   if (args.dtype == args.cache.dtype) {
     if (args.dtype == DType::kFloat16) return LaunchType<__half>(args, stream);
 #if FASTGEN_CUDA_HAS_11
@@ -469,7 +469,8 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
 
 cudaError_t PrefillAttentionStores(DType dtype, const CacheLayout& cache, bool* stores) {
   *stores = false;
-  if (dtype != cache.dtype || cache.head_size > 256 || cache.head_size % 8 != 0) return cudaSuccess;
+  if (dtype != cache.dtype || cache.head_size > kMostHeadSize || cache.head_size % 8 != 0)
+    return cudaSuccess;
   int device = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;

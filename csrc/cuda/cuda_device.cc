@@ -38,6 +38,12 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
       wide_stride_(RoundUp(config.intermediate_size, 32)),
       logits_stride_(RoundUp(config.vocab_size, 32)),
       uploads_(config.max_positions) {
+  if (config_.hidden_size / config_.num_heads > kMostHeadSize) {
+    throw base::Error(FASTGEN_UNSUPPORTED, "hidden_size=" + std::to_string(config_.hidden_size) +
+                                               ", num_heads=" + std::to_string(config_.num_heads) +
+                                               ": the CUDA device takes heads of up to " +
+                                               std::to_string(kMostHeadSize) + " numbers");
+  }
   ChooseDevice(index_);
   Check(cudaGetDeviceProperties(&properties_, index_), "asking what the device is");
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");

@@ -64,6 +64,10 @@ class Streamer {
     started_ = true;
     WaitAt<Threads<kRows>::kCount>(kStarted);
     if (ActiveRows(shared_) != 0) return true;
+    if (parity_ != 0) {  // every barrier has had a batch, and nothing of the next one was asked for
+      for (int i = 0; i < kMaxStages; ++i) BarrierWait(shared_.full + i, 0);
+      return false;
+    }
     // The block may not end before what it has asked for is there. A batch that is not whole yet lacks
     // the arrival that ends it.
     if (left_ > 0 && lane_ == 0) BarrierArrive(shared_.full + batch_);

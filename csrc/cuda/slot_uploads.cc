@@ -66,20 +66,26 @@ void SlotUploads::Send(Slot* slots, cudaStream_t stream) {
     Check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream),
           "sending a sequence to the device");
   };
-  for (const Piece& piece : pieces_) {
-    for (size_t first = piece.begin; first < piece.end;) {
-      size_t last = first;
-      while (last < piece.end && unsent_[last]) ++last;
-      if (last == first) {
-        ++first;
-        continue;
+  try {
+    for (const Piece& piece : pieces_) {
+      for (size_t first = piece.begin; first < piece.end;) {
+        size_t last = first;
+        while (last < piece.end && unsent_[last]) ++last;
+        if (last == first) {
+          ++first;
+          continue;
+        }
+        const size_t at = first - piece.begin, count = last - first;
+        copy(piece.device.as<>() + at * slot_bytes_, piece.host.as<>() + at * slot_bytes_,
+             count * slot_bytes_);
+        copy(slots + first, piece.states.as<Slot>() + at, count * sizeof(Slot));
+        first = last;
       }
-      const size_t at = first - piece.begin, count = last - first;
-      copy(piece.device.as<>() + at * slot_bytes_, piece.host.as<>() + at * slot_bytes_,
-           count * slot_bytes_);
-      copy(slots + first, piece.states.as<Slot>() + at, count * sizeof(Slot));
-      first = last;
     }
+  } catch (...) {
+    // What was copied so far may not be written over before it has been.
+    cudaEventRecord(sent_, stream);
+    throw;
   }
   Check(cudaEventRecord(sent_, stream), "sending a sequence to the device");
   std::fill(unsent_.begin(), unsent_.end(), false);

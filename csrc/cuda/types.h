@@ -16,6 +16,8 @@ enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 
 constexpr int32_t kGroup = 32;
 // Positions of a page of the KV cache.
 constexpr int32_t kPage = 32;
+// Numbers of a head, at most.
+constexpr int32_t kMostHeadSize = 256;
 // Rows of weights and of activations start at multiples of this many bytes and are zero up to it.
 constexpr int32_t kAlign = 16;
 

@@ -1,6 +1,7 @@
 """Times decode steps as one kernel on random weights, and says where their time goes.
 
-python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile] [--stamps FILE]
+python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile]
+                                      [--stamps FILE]
 """
 
 from __future__ import annotations

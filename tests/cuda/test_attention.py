@@ -330,6 +330,16 @@ RUN_LENGTHS = [1, 47, 95, 279]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_wider_heads_are_refused(library: Any, dtype: str) -> None:
+    """By both kernels of decode steps: what they would leave out is not zero."""
+    cache = Sequences([5], 1, 264, dtype)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        run_decode(library, cache, [(0, -1)], np.zeros((1, 1, 264), np.float32), 1)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        library.decode_plan_bytes(1, cache.layout)
+
+
 @pytest.mark.parametrize("head_size", [8, 20, 33, 64, 80, 128, 200, 256])
 def test_prefill_matches_float64(library: Any, dtype: str, head_size: int) -> None:
     cache = Sequences(RUN_LENGTHS, 2, head_size, dtype)

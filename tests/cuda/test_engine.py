@@ -74,6 +74,13 @@ def test_logits(shape: GPTShape, dtype: str) -> None:
             assert error < bound, length
 
 
+def test_wider_heads_are_refused() -> None:
+    """When the model is made, by a sentence that says what the limit is."""
+    shape = GPTShape(97, 64, 640, 1, 2, 128)
+    with pytest.raises(FastgenError, match="heads of up to 256"):
+        EngineModel(shape, make_tensors(shape, WeightRecipe(1)), device="cuda")
+
+
 class CpuSequence:
     """What the CPU generated, as :func:`fastgen.testing.margins.compare` wants its reference."""
 
