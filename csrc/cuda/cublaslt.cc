@@ -213,7 +213,12 @@ void Multiplier::Run(const CublasLt::Product& p) {
                 p.accumulate};
   auto found = plans_.find(key);
   if (found == plans_.end()) found = plans_.emplace(key, Make(p)).first;
-  CublasLt::CheckStatus(Start(p, found->second, AlgorithmFor(p, &found->second)), "cublasLtMatmul");
+  const Plan& plan = found->second;
+  const Heuristic& best = AlgorithmFor(p, &found->second);
+  int status = Start(p, plan, best);
+  // It was tried on another number of rows; the first one has the same bits.
+  if (status != 0 && &best != &plan.first) status = Start(p, plan, plan.first);
+  CublasLt::CheckStatus(status, "cublasLtMatmul");
 }
 
 }  // namespace fastgen::cuda

@@ -94,6 +94,7 @@ class Multiplier {
     Heuristic first = {};
     Heuristic best[kClasses] = {};
     bool tried[kClasses] = {};
+    int32_t skip[kClasses] = {};  // products before a trial that found no memory is made again
   };
   // in, out, types, epilogue; strides and pointers are those of the rows' layouts or set per call.
   using Key = std::tuple<int32_t, int32_t, int64_t, int32_t, int32_t, bool, bool, bool>;

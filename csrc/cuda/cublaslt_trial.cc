@@ -15,6 +15,9 @@ constexpr int kProducts = 3;  // of a candidate in a round
 // What another algorithm must gain: a trial is not exact, nor is it the product among others.
 constexpr float kGain = 0.02f;
 
+// Products before memory is asked for again: a trial that finds none has made the device wait.
+constexpr int32_t kSkipped = 4096;
+
 // What the outputs hold before a trial, and the bias: as any type a finite number other than zero, so
 // that the order in which they and a product are added shows.
 constexpr int kFilling = 0x3c;
@@ -45,11 +48,16 @@ const Multiplier::Heuristic& Multiplier::AlgorithmFor(const CublasLt::Product& p
   int32_t at = 0;
   while (at + 1 < kClasses && product.rows > kFirstRows << at) ++at;
   if (!plan->tried[at]) {
+    if (plan->skip[at] > 0) {
+      --plan->skip[at];
+      return plan->first;
+    }
     try {
       plan->best[at] = Try(product, *plan, kFirstRows << at);
     } catch (const base::Error& error) {
       // There may be memory for it another time.
       if (error.status() != FASTGEN_OUT_OF_MEMORY) throw;
+      plan->skip[at] = kSkipped;
       return plan->first;
     }
     plan->tried[at] = true;
@@ -97,7 +105,8 @@ Multiplier::Heuristic Multiplier::Try(const CublasLt::Product& product, const Pl
   };
 
   fill(expected);
-  CublasLt::CheckStatus(Start(trial, plan, plan.first), "cublasLtMatmul");
+  // It may serve the product's rows all the same.
+  if (Start(trial, plan, plan.first) != 0) return plan.first;
   std::vector<int32_t> differs(candidates.size(), 0);
   std::vector<bool> runs(candidates.size(), true);
   for (size_t i = 1; i < candidates.size(); ++i) {

@@ -27,13 +27,16 @@ int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps
   std::vector<Row> unfed;
   size_t running = 0;
   for (size_t i = 0; i < count; ++i) {
-    HostSlot& slot = At(slots[i]);
+    const HostSlot& slot = At(slots[i]);
     const int32_t end = IsLong(slots[i]) ? slot.prompt_length : slot.prompt_length - 1;
     for (int32_t p = slot.fed; p < end; ++p) unfed.push_back({slots[i], p});
-    slot.fed = std::max(slot.fed, end);
     running += slot.ahead.is_over() ? 0 : 1;
   }
   if (!unfed.empty()) FeedRows(unfed, {});
+  for (const Row& row : unfed) {  // now that they are
+    HostSlot& slot = slots_[static_cast<size_t>(row.slot)];
+    slot.fed = std::max(slot.fed, row.position + 1);
+  }
 
   const auto waits = [this](int32_t index) {
     const AheadResults& ahead = slots_[static_cast<size_t>(index)].ahead;

@@ -89,7 +89,9 @@ void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*
     FeedPart(parts[0], part_wanted[0], false);
     FeedPart(parts[1], part_wanted[1], true);
   }
-  if (!wanted.empty()) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+  // Copies of the lists of rows are staged, but where the device reads the host's pages itself.
+  const bool reads_lists = properties_.pageableMemoryAccessUsesHostPageTables != 0;
+  if (!wanted.empty() || reads_lists) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
 
 void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
