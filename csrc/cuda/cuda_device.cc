@@ -269,18 +269,11 @@ void CudaDevice::ReserveDecode(int32_t rows) {
 LinearArgs CudaDevice::Product(const Matrix& w, const DeviceMemory& x, int64_t ldx,
                                const DeviceMemory& y, int64_t ldy, int32_t rows,
                                Epilogue epilogue) const {
-  LinearArgs args;
-  args.w = w;
+  LinearArgs args = ProductArgs<LinearArgs>(w, rows, epilogue);
   args.x = x.as<float>();
   args.ldx = ldx;
-  args.rows = rows;
   args.y = y.as<float>();
   args.ldy = ldy;
-  args.epilogue = epilogue;
-  args.row_list = layer_space_.row_list.as<Row>();
-  args.slots = device_slots_.as<Slot>();
-  args.cache = layout_;
-  args.overlap = true;
   return args;
 }
 

@@ -134,6 +134,19 @@ class CudaDevice {
   void FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_run);
   void Multiply(const Matrix& w, const void* bias, const void* x, int64_t ldx, void* y, int64_t ldy,
                 DType out_dtype, int32_t rows, bool gelu, bool accumulate);
+  // What the arguments of products of both kinds have in common.
+  template <typename Args>
+  Args ProductArgs(const Matrix& w, int32_t rows, Epilogue epilogue) const {
+    Args args;
+    args.w = w;
+    args.rows = rows;
+    args.epilogue = epilogue;
+    args.row_list = layer_space_.row_list.as<Row>();
+    args.slots = device_slots_.as<Slot>();
+    args.cache = layout_;
+    args.overlap = true;
+    return args;
+  }
   LinearArgs Product(const Matrix& w, const DeviceMemory& x, int64_t ldx, const DeviceMemory& y,
                      int64_t ldy, int32_t rows, Epilogue epilogue) const;
   // Packed rows of so many columns; `parts`: x, to be normed.

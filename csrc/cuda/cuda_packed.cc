@@ -17,15 +17,8 @@ PackedRows CudaDevice::Packed(const DeviceMemory& data, int64_t stride, bool par
 
 LinearRowsArgs CudaDevice::PackedProduct(const Matrix& w, const PackedRows& x, int32_t rows,
                                          Epilogue epilogue) const {
-  LinearRowsArgs args;
-  args.w = w;
+  LinearRowsArgs args = ProductArgs<LinearRowsArgs>(w, rows, epilogue);
   args.x = x;
-  args.rows = rows;
-  args.epilogue = epilogue;
-  args.row_list = layer_space_.row_list.as<Row>();
-  args.slots = device_slots_.as<Slot>();
-  args.cache = layout_;
-  args.overlap = true;
   return args;
 }
 

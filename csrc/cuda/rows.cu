@@ -209,6 +209,15 @@ __global__ void __launch_bounds__(kThreads) TakeLastKernel(const LastRowsArgs ar
   }
 }
 
+cudaError_t LaunchLastRows(void (*kernel)(LastRowsArgs), const LastRowsArgs& args,
+                           cudaStream_t stream) {
+  if (args.count == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.count));
+  shape.threads = kThreads;
+  return Launch(kernel, shape, stream, args);
+}
+
 struct DequantizeTask {
   Matrix w;
   DType dtype;
@@ -272,19 +281,11 @@ cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t KeepLastRows(const LastRowsArgs& args, cudaStream_t stream) {
-  if (args.count == 0) return cudaSuccess;
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(args.count));
-  shape.threads = kThreads;
-  return Launch(KeepLastKernel, shape, stream, args);
+  return LaunchLastRows(KeepLastKernel, args, stream);
 }
 
 cudaError_t TakeLastRows(const LastRowsArgs& args, cudaStream_t stream) {
-  if (args.count == 0) return cudaSuccess;
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(args.count));
-  shape.threads = kThreads;
-  return Launch(TakeLastKernel, shape, stream, args);
+  return LaunchLastRows(TakeLastKernel, args, stream);
 }
 
 cudaError_t Dequantize(const Matrix& w, DType dtype, void* out, int64_t ldo, cudaStream_t stream) {

@@ -87,117 +87,70 @@ __device__ __forceinline__ void WarpgroupWait() {
 template <typename Element, int kRows>
 struct WarpgroupProduct;
 
-template <>
-struct WarpgroupProduct<__half, 8> {
-  __device__ __forceinline__ static void Add(float (&d)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
-        "{%0, %1, %2, %3}, "
-        "%4, %5, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "l"(a), "l"(b));
-  }
-};
+// Of all numbers of rows, as PTX calls the type.
+#define FASTGEN_WARPGROUP_PRODUCTS(Element, type)                                                  \
+  template <>                                                                                      \
+  struct WarpgroupProduct<Element, 8> {                                                            \
+    __device__ __forceinline__ static void Add(float (&d)[4], uint64_t a, uint64_t b) {            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type                      \
+                   " "                                                                             \
+                   "{%0, %1, %2, %3}, "                                                            \
+                   "%4, %5, 1, 1, 1, 0, 0;"                                                        \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+  };                                                                                               \
+                                                                                                   \
+  template <>                                                                                      \
+  struct WarpgroupProduct<Element, 16> {                                                           \
+    __device__ __forceinline__ static void Add(float (&d)[8], uint64_t a, uint64_t b) {            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                     \
+                   " "                                                                             \
+                   "{%0, %1, %2, %3, %4, %5, %6, %7}, "                                            \
+                   "%8, %9, 1, 1, 1, 0, 0;"                                                        \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),       \
+                     "+f"(d[6]), "+f"(d[7])                                                        \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+  };                                                                                               \
+                                                                                                   \
+  template <>                                                                                      \
+  struct WarpgroupProduct<Element, 32> {                                                           \
+    __device__ __forceinline__ static void Add(float (&d)[16], uint64_t a, uint64_t b) {           \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                     \
+                   " "                                                                             \
+                   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "      \
+                   "%16, %17, 1, 1, 1, 0, 0;"                                                      \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),       \
+                     "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),     \
+                     "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                            \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+  };                                                                                               \
+                                                                                                   \
+  template <>                                                                                      \
+  struct WarpgroupProduct<Element, 64> {                                                           \
+    __device__ __forceinline__ static void Add(float (&d)[32], uint64_t a, uint64_t b) {           \
+      asm volatile(                                                                                \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                              \
+          " "                                                                                      \
+          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+          "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                     \
+          "%32, %33, 1, 1, 1, 0, 0;"                                                               \
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),    \
+            "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]),             \
+            "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),          \
+            "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),          \
+            "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]),          \
+            "+f"(d[31])                                                                            \
+          : "l"(a), "l"(b));                                                                       \
+    }                                                                                              \
+  };
 
-template <>
-struct WarpgroupProduct<__half, 16> {
-  __device__ __forceinline__ static void Add(float (&d)[8], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%8, %9, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7])
-        : "l"(a), "l"(b));
-  }
-};
+FASTGEN_WARPGROUP_PRODUCTS(__half, "f16")
+FASTGEN_WARPGROUP_PRODUCTS(BFloat16, "bf16")
 
-template <>
-struct WarpgroupProduct<__half, 32> {
-  __device__ __forceinline__ static void Add(float (&d)[16], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%16, %17, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15])
-        : "l"(a), "l"(b));
-  }
-};
-
-template <>
-struct WarpgroupProduct<__half, 64> {
-  __device__ __forceinline__ static void Add(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "%32, %33, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-          "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b));
-  }
-};
-
-template <>
-struct WarpgroupProduct<BFloat16, 8> {
-  __device__ __forceinline__ static void Add(float (&d)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3}, "
-        "%4, %5, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "l"(a), "l"(b));
-  }
-};
-
-template <>
-struct WarpgroupProduct<BFloat16, 16> {
-  __device__ __forceinline__ static void Add(float (&d)[8], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%8, %9, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7])
-        : "l"(a), "l"(b));
-  }
-};
-
-template <>
-struct WarpgroupProduct<BFloat16, 32> {
-  __device__ __forceinline__ static void Add(float (&d)[16], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%16, %17, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15])
-        : "l"(a), "l"(b));
-  }
-};
-
-template <>
-struct WarpgroupProduct<BFloat16, 64> {
-  __device__ __forceinline__ static void Add(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "%32, %33, 1, 1, 1, 0, 0;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-          "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b));
-  }
-};
+#undef FASTGEN_WARPGROUP_PRODUCTS
 
 }  // namespace cuda
 }  // namespace fastgen

@@ -216,6 +216,36 @@ class Cache:
         return np.concatenate(pages, axis=3)
 
 
+def check_stored(
+    cache: Cache, layer: int, rows: Sequence[tuple[int, int]], qkv: np.ndarray, bound: float
+) -> None:
+    """Looks for keys and values of `qkv` [rows, 3 * width], of rows (slot, position), in the cache.
+
+    They are within `bound` beside the rounding of its type, and nothing is written anywhere else.
+    """
+    layout, slots = cache.layout, cache.host_slots
+    heads, head_size = layout.num_heads, layout.head_size
+    width = heads * head_size
+    bound += {ops.FLOAT32: 0.0, ops.FLOAT16: 4e-4, ops.BFLOAT16: 3e-3}[layout.dtype]
+    stored = [cache.get(slot) for slot in range(len(slots))]
+    written = [np.zeros((2, pages.shape[3]), bool) for pages in stored]
+    for row, (slot, position) in enumerate(rows):
+        if slot < 0 or (position < 0 and slots[slot].finished):
+            continue
+        place = position if position >= 0 else slots[slot].length - 1
+        written[slot][:, place] = True
+        for part in (0, 1):
+            want = qkv[row, width * (part + 1) :][:width].reshape(heads, head_size)
+            have = stored[slot][layer, part, :, place, :]
+            assert error(have[:, :head_size], want) < bound
+            assert (have[:, head_size:] == 0).all()
+    for pages, places in zip(stored, written):
+        others = [i for i in range(layout.num_layers) if i != layer]
+        assert (pages[others] == Cache.FILL).all()
+        for part in (0, 1):
+            assert (pages[layer, part][:, ~places[part]] == Cache.FILL).all()
+
+
 def row_list(rows: Sequence[tuple[int, int]]) -> Array:
     """An array of Row."""
     return Array(np.array(rows, np.int32).reshape(-1, 2))

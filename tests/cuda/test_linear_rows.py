@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from tests.cuda import ops
-from tests.cuda.arrays import Array, Cache, NormWeights, Weights, decode, error, fold, row_list
+from tests.cuda.arrays import (
+    Array,
+    Cache,
+    NormWeights,
+    Weights,
+    check_stored,
+    decode,
+    error,
+    fold,
+    row_list,
+)
 from tests.cuda.rows_case import Packed, pack, run
 from tests.cuda.test_linear import gelu
 
@@ -160,24 +170,7 @@ def test_qkv(
     exact = norm.apply(x) @ w.values.T + w.bias
     assert error(got[:, :width], exact[:, :width] / np.sqrt(head_size)) < 3 * BOUNDS[DTYPES[dtype]]
     assert (got[:, width:] == -5.0).all()
-    stored = [cache.get(slot) for slot in range(4)]
-    written = np.zeros((4, 2, 96), bool)
-    for row, (slot, position) in enumerate(rows):
-        if slot < 0 or (position < 0 and slot == 2):
-            continue
-        place = position if position >= 0 else lengths[slot] - 1
-        written[slot, :, place] = True
-        for part in (0, 1):
-            want = exact[row, width * (part + 1) :][:width].reshape(heads, head_size)
-            have = stored[slot][1, part, :, place, :]
-            bound = {ops.FLOAT32: 0.0, ops.FLOAT16: 4e-4, ops.BFLOAT16: 3e-3}[kind]
-            assert error(have[:, :head_size], want) < bound + 3 * BOUNDS[DTYPES[dtype]]
-            assert (have[:, head_size:] == 0).all()
-    for slot in range(4):
-        assert (stored[slot][0] == Cache.FILL).all()
-        for part in (0, 1):
-            rest = ~written[slot, part, : stored[slot].shape[3]]
-            assert (stored[slot][1, part][:, rest] == Cache.FILL).all()
+    check_stored(cache, 1, rows, exact, 3 * BOUNDS[DTYPES[dtype]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
