@@ -58,7 +58,7 @@ def choose(name: str | None = None) -> str:
     return name
 
 
-def share(part: float, **kwargs: Any) -> settings:
-    """Settings that take ``part`` (0 to 1) of the chosen profile's budget, at least one example."""
-    count = max(1, round(part * BUDGETS[_chosen]))
+def share(part: float, least: int = 1, **kwargs: Any) -> settings:
+    """Settings that take ``part`` (0 to 1) of the chosen profile's budget, at least ``least``."""
+    count = max(least, round(part * BUDGETS[_chosen]))
     return settings(settings.get_profile(_chosen), max_examples=count, **kwargs)
