@@ -121,6 +121,11 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
       : "memory");
 }
 
+// Brings a stretch of device memory into the L2 cache.
+__device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // Orders what the thread has written to shared memory before what the bulk engine then writes there.
 __device__ __forceinline__ void FenceForBulkEngine() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

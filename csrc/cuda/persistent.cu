@@ -18,12 +18,14 @@ namespace {
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
-// A position holds its token and all before it, so parts follow from the number of positions.
+// A position holds its token and all before it, so parts follow from the number of positions. Up to
+// `whole` of them a block takes in one round, which is sooner done than putting parts together.
 template <int kRows>
-__device__ __forceinline__ void CutRow(RowState* row) {
+__device__ __forceinline__ void CutRow(RowState* row, int whole) {
   constexpr int kPart = 128;  // positions that are worth a block of their own
   const int positions = row->position + 1;
-  const int wanted = max(1, min(kMaxSplits / kRows, (positions + kPart - 1) / kPart));
+  const int wanted =
+      positions <= whole ? 1 : min(kMaxSplits / kRows, (positions + kPart - 1) / kPart);
   const int span = (positions + wanted - 1) / wanted;
   row->span = max(1, (span + kPage - 1) / kPage) * kPage;
   row->splits = max(1, (positions + row->span - 1) / row->span);
@@ -45,7 +47,7 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
         if (row.position >= 0) row.token = slot.tokens[row.position];
       }
     }
-    CutRow<kRows>(&row);
+    CutRow<kRows>(&row, RoundOf(plan, kManyLoads));
     shared.rows[i] = row;
   }
   if (i == 32) shared.epoch = plan.state[0] + 1u;
@@ -55,7 +57,8 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
     work.tiles = i - 64 == kAttention ? 0 : TilesOf(product);
     work.chunks = product.chunks;
     work.in = product.in;
-    work.row_pieces = product.in / 4;
+    work.row_pieces =
+        product.norm_weight != nullptr ? product.in / kTile * kTileStride : product.in / 4;
     work.source = plan.exchange + product.source;
     work.gamma = product.norm_weight;
     work.pitch = PitchOf<W>(product);
@@ -96,7 +99,8 @@ __device__ __forceinline__ void Embed(Thread<kRows>& self,
       residual[i] = EmbeddingAt<W>(plan.embedding, state.token, output.n) +
                     plan.positions[state.position * plan.position_stride + output.n];
     }
-    Publish(plan.exchange + plan.products[kQkv].source + (output.row * plan.hidden + output.n) / 4,
+    Publish(plan.exchange + plan.products[kQkv].source +
+                ResidualPiece(output.row * plan.hidden + output.n),
             residual[i], self.epoch, output.own && self.lane % 4 == 0);
   }
 }
@@ -123,12 +127,13 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
-      BarrierInit(shared.full + s, Threads<kRows>::kStreamers / 32);
+      BarrierInit(shared.full + s, plan.copiers);
       BarrierInit(shared.empty + s, kWarps);
     }
     BarrierInit(shared.finished, kFinisherWarps);
     BarrierInit(shared.finished + 1, kFinisherWarps);
     BarrierInitDone();
+    shared.copied = 0;
   }
   for (int i = threadIdx.x * 16; i < plan.clear; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
@@ -136,7 +141,14 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   if (plan.clear > 0) FenceForBulk();
   __syncthreads();
   if (warp >= kWarps + kFinisherWarps) {
-    Streamer<W, kRows>(plan, shared, ring, warp - kWarps - kFinisherWarps).Run();
+    const int streamer = warp - kWarps - kFinisherWarps;
+    if (streamer < plan.copiers) {
+      Streamer<W, kRows>(plan, shared, ring, streamer).Run();
+    } else if (plan.hurry == 0) {
+      Prefetcher<kRows>(plan, shared).Run();
+    } else {
+      ArriveAt<kThreads>(kStarted);
+    }
     return;
   }
   WaitForGrid();
@@ -173,7 +185,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
       } else if (phase == kOut || phase == kDown) {
         WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
       } else {
-        if (phase == kQkv) PrefetchUnit(self, first_key, layer);
+        if (phase == kQkv) PrefetchUnit(self, unit, first_key, layer);
         if (plan.hidden <= kChunk) {
           WorkOnProduct<W, kRows, true, true>(self, phase, layer, epoch + (phase == kIn ? 1u : 0u));
         } else {
@@ -265,7 +277,7 @@ Product MakeProduct(const PersistentProduct& from, DType dtype, int32_t in, int3
 
 // Places of the exchange, in pieces.
 struct Places {
-  int32_t state, input, after_attention, qkv, attended, split_stats, wide, end;
+  int32_t state, input, after_attention, qkv, split_values, split_stats, attended, wide, end;
 };
 
 Places PlacesOf(const PersistentArgs& args) {
@@ -273,11 +285,13 @@ Places PlacesOf(const PersistentArgs& args) {
   Places p;
   p.state = 0;
   p.input = 8;  // a line of its own
-  p.after_attention = p.input + row;
-  p.qkv = p.after_attention + row;
-  p.attended = p.qkv + 3 * row;
-  p.split_stats = p.attended + kMaxSplits * row;
-  p.wide = p.split_stats + kMaxSplits * kPersistentRows * args.heads;
+  const int32_t residual_row = kPersistentRows * args.hidden / kTile * kTileStride;
+  p.after_attention = p.input + residual_row;
+  p.qkv = p.after_attention + residual_row;
+  p.split_values = p.qkv + 3 * row;
+  p.split_stats = p.split_values + kMaxSplits * row;
+  p.attended = p.split_stats + kMaxSplits * kPersistentRows * args.heads;
+  p.wide = p.attended + row;
   p.end = p.wide + kPersistentRows * args.intermediate / 4;
   return p;
 }
@@ -329,6 +343,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   plan->products[kOut].source = places.attended;
   plan->products[kOut].target = plan->products[kIn].source = places.after_attention;
   plan->products[kIn].target = plan->products[kDown].source = places.wide;
+  plan->split_values = places.split_values;
   plan->split_stats = places.split_stats;
   // A thread keeps one number of the residual stream at most.
   if (CeilOf(h, kTile) > kRound * blocks) return false;
@@ -346,6 +361,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   }
   // Copies of scaled rows are short: one warp does not get through them in time.
   plan->hurry = scaled || layer_stages > plan->stages ? 1 : 0;
+  plan->copiers = rows == 1 || plan->hurry != 0 ? 2 : 1;
   if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);
 
   plan->layer_bytes = args.layer_bytes;

@@ -1,7 +1,8 @@
-// Attention of the persistent kernel. A unit is a row, a head and a part of the row's positions; a
-// block takes a unit, its workers take positions, and its finishers put them together. Keys and values
-// that are in the cache are on their way before the query is there; those of the newest position come
-// from the exchange, and the unit that sees them writes them to the cache.
+// Attention of the persistent kernel. A unit is a row, a head and a part of the row's positions, a split;
+// a block takes a unit, its workers take positions, and its finishers put them together. Who has the
+// first split of a row and head then puts the splits together. Keys and values that are in the cache
+// are on their way before the query is there; those of the newest position come from the exchange, and
+// the unit that sees them writes them to the cache.
 #pragma once
 
 #include "cuda/persistent_device.h"
@@ -12,7 +13,8 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-constexpr int kLoads = 4;  // of keys, and of values, that a thread holds
+// Loads of keys, and of values, that a thread holds: the fewer where a round of them is all of a unit.
+constexpr int kFewLoads = 4, kManyLoads = 8;
 
 // Units of attention, counted from the last block down: the first have the most outputs to compute.
 struct Unit {
@@ -47,6 +49,19 @@ __device__ __forceinline__ int FirstUnit() {
   return static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
 }
 
+// Lanes that hold a position.
+__device__ __forceinline__ int LanesOf(const Plan& plan) { return plan.head_size <= 64 ? 8 : 16; }
+
+// Positions of a round of a block's loads.
+__device__ __forceinline__ int RoundOf(const Plan& plan, int loads) {
+  return kWarps * loads * 32 / LanesOf(plan);
+}
+
+template <int kRows>
+__device__ __forceinline__ int LoadsOf(const Thread<kRows>& self, const Unit& unit) {
+  return unit.end - unit.begin <= RoundOf(self.plan, kFewLoads) ? kFewLoads : kManyLoads;
+}
+
 // A thread's key of the warp's positions from `first` on, in the first layer: `lanes` lanes hold a
 // position, 8 numbers each.
 template <int kRows>
@@ -63,8 +78,8 @@ __device__ __forceinline__ const char* KeyAt(const Thread<kRows>& self, const Un
 // The same for the first key of a unit; null where it is not in the cache.
 template <int kRows>
 __device__ __forceinline__ const char* FirstKey(const Thread<kRows>& self, const Unit& unit) {
-  const int lanes = self.plan.head_size <= 64 ? 8 : 16;
-  const int first = unit.begin + self.warp * (kLoads * 32 / lanes);
+  const int lanes = LanesOf(self.plan);
+  const int first = unit.begin + self.warp * (LoadsOf(self, unit) * 32 / lanes);
   const bool cached = first < unit.end - (unit.newest ? 1 : 0);
   return cached ? KeyAt(self, unit, first, lanes) : nullptr;
 }
@@ -79,14 +94,15 @@ __device__ __forceinline__ int64_t ToLayer(const CacheLayout& cache, int layer) 
 
 // Tells the L2 cache which keys and values the block will read first in this layer.
 template <int kRows>
-__device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, const char* first_key,
-                                             int layer) {
+__device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, const Unit& unit,
+                                             const char* first_key, int layer) {
   if (first_key == nullptr || self.lane % 8 != 0) return;
   const CacheLayout& cache = self.plan.cache;
-  const int step = self.plan.head_size <= 64 ? 4 : 2;  // positions of a load
+  const int step = 32 / LanesOf(self.plan);  // positions of a load
+  const int loads = LoadsOf(self, unit);
   const char* const at = first_key + ToLayer(cache, layer);
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
+#pragma unroll 4
+  for (int i = 0; i < loads; ++i) {
     const char* const here = at + i * step * cache.head_stride * 2;
     PrefetchToL2(here);
     PrefetchToL2(here + ToValues(cache));
@@ -94,9 +110,9 @@ __device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, const ch
 }
 
 // How a warp reads keys and values: kLanes lanes hold a position.
-template <int kLanes_>
+template <int kLanes_, int kLoads_>
 struct Reading {
-  static constexpr int kLanes = kLanes_;
+  static constexpr int kLanes = kLanes_, kLoads = kLoads_;
   static constexpr int kStep = 32 / kLanes;          // positions of a load
   static constexpr int kSpan = kLoads * kStep;       // of a warp
   static constexpr int kRoundSpan = kWarps * kSpan;  // of a block
@@ -107,13 +123,13 @@ struct Reading {
 // they are in the cache.
 template <typename R, int kRows>
 __device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit& unit, int first,
-                                          const char* at, uint4 (&to)[kLoads]) {
+                                          const char* at, uint4 (&to)[R::kLoads]) {
   const int cached = unit.end - (unit.newest ? 1 : 0);
   const bool own = at != nullptr && self.lane % R::kLanes * 8 < self.plan.head_size;
   const int left = own ? cached - first - self.lane / R::kLanes : 0;
   const int stride = R::kStep * self.plan.cache.head_stride * 2;
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
+  for (int i = 0; i < R::kLoads; ++i) {
     to[i] = make_uint4(0, 0, 0, 0);
     if (i * R::kStep < left) to[i] = *reinterpret_cast<const uint4*>(at + i * stride);
   }
@@ -141,10 +157,10 @@ __device__ __forceinline__ void StoreNewest(const Thread<kRows>& self, const Uni
   *reinterpret_cast<uint4*>(page + (HeadOffset(cache, layer, 1, unit.head) + at) * 2) = v;
 }
 
-template <typename T, int kLanes, int kRows>
+template <typename T, typename R, int kRows>
 __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
                                         const char* first_key, int layer) {
-  using R = Reading<kLanes>;
+  constexpr int kLanes = R::kLanes;
   const Plan& plan = self.plan;
   const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
   const int dim = self.lane % kLanes * 8;
@@ -165,7 +181,7 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
   int first = unit.begin + self.warp * R::kSpan;
   const int64_t in_page = ToLayer(plan.cache, layer);
   const char* const keys = first_key == nullptr ? nullptr : first_key + in_page;
-  uint4 k[kLoads], v[kLoads];
+  uint4 k[R::kLoads], v[R::kLoads];
   LoadRound<R>(self, unit, first, keys, k);
   LoadRound<R>(self, unit, first, keys == nullptr ? nullptr : keys + ToValues(plan.cache), v);
   self.StampNow(kAttention, layer, Stamp::kWeights, __uint_as_float(k[0].x));
@@ -186,17 +202,17 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
 #pragma unroll 1
   for (;;) {
     const int next = first + R::kRoundSpan;
-    float scores[kLoads];
+    float scores[R::kLoads];
     float greatest = max;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < R::kLoads; ++i) {
       if (holds && first + sub + i * R::kStep == unit.end - 1) {
         k[i] = new_k;
         v[i] = new_v;
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < R::kLoads; ++i) {
       float key[8];
       Vector<T>::Unpack(k[i], key);
       float a = 0.0f, b = 0.0f;
@@ -216,12 +232,12 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < R::kLoads; ++i) {
         scores[i] += __shfl_xor_sync(0xffffffffu, scores[i], offset);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < R::kLoads; ++i) {
       if (first + i * R::kStep + sub >= unit.end) scores[i] = -Infinity();
       greatest = fmaxf(greatest, scores[i]);
     }
@@ -236,7 +252,7 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
 #pragma unroll
     for (int e = 0; e < 8; ++e) result[e] *= keep;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < R::kLoads; ++i) {
       const float p = Exp2(scores[i] - base);
       sum += p;
       float value[8];
@@ -272,15 +288,41 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
   if (holds) StoreNewest(self, unit, layer, dim, new_k, new_v);
 }
 
+// Publishes four numbers of an attended row, from `x` and what they are to be divided by.
+template <typename W, int kRows>
+__device__ __forceinline__ void PublishAttended(const Thread<kRows>& self, const Unit& unit,
+                                                uint32_t epoch, const float (&x)[4], float sum) {
+  using T = typename W::Element;
+  const Plan& plan = self.plan;
+  const float each = __fdividef(1.0f / W::kUnit, sum);
+  StoreWhole(plan.exchange + plan.products[kOut].source +
+                 (unit.row * plan.hidden + unit.head * plan.head_size) / 4 + self.thread,
+             make_uint4(RoundPairFinite<T>(x[0] * each, x[1] * each),
+                        RoundPairFinite<T>(x[2] * each, x[3] * each), 0, epoch));
+}
+
+// The places of a split's four numbers, and of its maximum and sum.
+template <int kRows>
+__device__ __forceinline__ uint4* SplitValues(const Thread<kRows>& self, const Unit& unit,
+                                              int split) {
+  const Plan& plan = self.plan;
+  const int row = split * kPersistentRows + unit.row;
+  return plan.exchange + plan.split_values + (row * plan.hidden + unit.head * plan.head_size) / 4 +
+         self.thread;
+}
+template <int kRows>
+__device__ __forceinline__ uint4* SplitStats(const Thread<kRows>& self, const Unit& unit,
+                                             int split) {
+  const Plan& plan = self.plan;
+  const int row = split * kPersistentRows + unit.row;
+  return plan.exchange + plan.split_stats + row * plan.heads + unit.head;
+}
+
 // Puts together what the warps have of a unit.
 template <typename W, int kRows>
 __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit, int layer) {
   const Plan& plan = self.plan;
   const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
-  const bool alone = self.shared.rows[unit.row].splits == 1;
-  const int split = unit.split * kPersistentRows;
-  uint4* const to = plan.exchange + plan.products[kOut].source +
-                    ((split + unit.row) * plan.hidden + unit.head * plan.head_size) / 4;
   self.PassBuffer();
   float maxima[kWarps], sums[kWarps];
   const float4* const stats =
@@ -310,23 +352,56 @@ __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit
     x[3] = fmaf(weight, part.w, x[3]);
   }
   self.StampNow(kAttention, layer, Stamp::kSums, x[0]);
-  if (d < plan.head_size) {
-    if (alone) {
-      using T = typename W::Element;
-      const float each = __fdividef(1.0f / W::kUnit, sum);
-      StoreWhole(to + self.thread,
-                 make_uint4(RoundPairFinite<T>(x[0] * each, x[1] * each),
-                            RoundPairFinite<T>(x[2] * each, x[3] * each), 0, epoch));
-    } else {
-      StoreWhole(to + self.thread, PackPiece(x[0], x[1], x[2], x[3], epoch));
+  if (self.shared.rows[unit.row].splits == 1) {
+    if (d < plan.head_size) PublishAttended<W>(self, unit, epoch, x, sum);
+  } else {
+    if (d < plan.head_size) {
+      StoreWhole(SplitValues(self, unit, unit.split), PackPiece(x[0], x[1], x[2], x[3], epoch));
     }
-  }
-  if (!alone && self.thread == 0) {
-    StoreWhole(plan.exchange + plan.split_stats + (split + unit.row) * plan.heads + unit.head,
-               make_uint4(__float_as_uint(max), __float_as_uint(sum), 0, epoch));
+    if (self.thread == 0) {
+      StoreWhole(SplitStats(self, unit, unit.split),
+                 make_uint4(__float_as_uint(max), __float_as_uint(sum), 0, epoch));
+    }
   }
   self.ReturnBuffer();
   self.StampNow(kAttention, layer, Stamp::kEnd);
+}
+
+// Puts together the splits of a row and head, in their order.
+template <typename W, int kRows>
+__device__ __forceinline__ void MergeSplits(const Thread<kRows>& self, const Unit& unit,
+                                            int layer) {
+  constexpr int kSplits = kMaxSplits / kRows;
+  const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
+  const int splits = self.shared.rows[unit.row].splits;
+  const bool own = self.thread * 4 < self.plan.head_size;
+  uint4 pieces[2 * kSplits];
+  const auto at = [&](int i) -> const uint4* {
+    return i % 2 == 0 ? SplitValues(self, unit, i / 2) : SplitStats(self, unit, i / 2);
+  };
+#pragma unroll
+  for (int i = 0; i < 2 * kSplits; ++i) {
+    pieces[i] = AskForPiece(at(i), epoch, own && i / 2 < splits);
+  }
+  WaitForPieces(pieces, at, epoch);
+  float max = -Infinity(), sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    if (i < splits) max = fmaxf(max, __uint_as_float(pieces[2 * i + 1].x));
+  }
+  float x[4] = {};
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    const uint4& stat = pieces[2 * i + 1];
+    const float weight = i < splits ? Exp2(__uint_as_float(stat.x) - max) : 0.0f;
+    // The third number is zero: it is read because the 16 bytes have to be read as one.
+    sum = fmaf(__uint_as_float(stat.y), weight, sum) + __uint_as_float(stat.z);
+    float more[4];
+    UnpackPiece(pieces[2 * i], more);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
+  }
+  if (own) PublishAttended<W>(self, unit, epoch, x, sum);
 }
 
 // `first_key` is that of the block's first unit.
@@ -341,10 +416,15 @@ __device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, const char*
 #pragma unroll 1
   while (there) {
     self.StampNow(kAttention, layer, Stamp::kBegin);
-    if (self.plan.head_size <= 64) {
-      RunUnit<T, 8>(self, unit, first_key, layer);
+    const bool narrow = LanesOf(self.plan) == 8, few = LoadsOf(self, unit) == kFewLoads;
+    if (narrow && few) {
+      RunUnit<T, Reading<8, kFewLoads>>(self, unit, first_key, layer);
+    } else if (narrow) {
+      RunUnit<T, Reading<8, kManyLoads>>(self, unit, first_key, layer);
+    } else if (few) {
+      RunUnit<T, Reading<16, kFewLoads>>(self, unit, first_key, layer);
     } else {
-      RunUnit<T, 16>(self, unit, first_key, layer);
+      RunUnit<T, Reading<16, kManyLoads>>(self, unit, first_key, layer);
     }
     index += static_cast<int>(gridDim.x);
     there = FindUnit(self, index, &unit);
@@ -355,10 +435,21 @@ __device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, const char*
 template <typename W, int kRows>
 __device__ __forceinline__ void FinishAttention(Thread<kRows>& self, int layer) {
   Unit unit;
+  bool merges = false;
 #pragma unroll 1
   for (int index = FirstUnit(); FindUnit(self, index, &unit);
        index += static_cast<int>(gridDim.x)) {
     FinishUnit<W>(self, unit, layer);
+    merges = merges || (unit.split == 0 && self.shared.rows[unit.row].splits > 1);
+  }
+  // Not before all units of the block are there for those who wait for them.
+  if (!merges) return;
+#pragma unroll 1
+  for (int index = FirstUnit(); FindUnit(self, index, &unit);
+       index += static_cast<int>(gridDim.x)) {
+    if (unit.split == 0 && self.shared.rows[unit.row].splits > 1) {
+      MergeSplits<W>(self, unit, layer);
+    }
   }
 }
 

@@ -15,10 +15,14 @@
 // who read X of layer l have done so. A block without outputs in a phase reads nothing in it. Between
 // steps lies the end of the kernel.
 //
-// What costs time is the way from inputs to outputs, so a block has three kinds of warps. Two stream
+// What costs time is the way from inputs to outputs, so a block has three kinds of warps. Some stream
 // weights. The workers take them into registers, wait for inputs, multiply, and go on to the next
 // phase at once. The finishers add up what the workers have, finish the outputs and publish them while
 // the workers prepare for the next inputs.
+//
+// Weights are copied into the ring as its stages become free, which is in bursts, and what waits in the
+// queues of memory behind such a burst holds up the exchange. So another warp brings them into the L2
+// cache before, evenly.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -45,13 +49,17 @@ constexpr int kRound = 4;               // tiles of a group, at most
 constexpr int kMaxStages = 40;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
 constexpr int kMaxHeadSize = 128;
+// Pieces from a tile's two to the next tile's in the places of the residual stream. A block has one tile
+// there most of the time, and what several write to a line and all read meanwhile is slow.
+constexpr int kTileStride = 4;
 
-// Threads by rows of a step. Three warps to a quarter of the multiprocessor, at most: registers.
+// Threads by rows of a step. Three warps to a quarter of the multiprocessor, at most: registers. So there
+// are two that stream beside the finishers of several rows, three beside those of one.
 template <int kRows>
 struct Threads {
   static constexpr int kFinishers = kRows == 1 ? 32 : 64;
   static constexpr int kOutputs = kTile * kRound * kRows / kFinishers;  // of a group, by finisher
-  static constexpr int kStreamers = 64;
+  static constexpr int kStreamers = kRows == 1 ? 96 : 64;
   static constexpr int kCount = kWorkers + kFinishers + kStreamers;
 };
 
@@ -102,18 +110,23 @@ __device__ __forceinline__ int OutputOfGroup(int group) {
   return group % 2 * (kTile / 2) + group / 2;
 }
 
-// What a lane holds of a stage.
+// What a lane reads of a stage.
 template <typename W>
-struct Held {
+struct Raw {
   uint4 weights[W::kLoads];
   uint32_t scales[W::kScales > 0 ? W::kScales : 1];
+};
+
+// And holds of it: eight numbers of 16 bits of each of a warp's four fragments of columns.
+struct Held {
+  uint4 fragments[4];
 };
 
 // Stages that a worker holds in registers.
 __host__ __device__ constexpr int StagesAtOnce(int rows) { return rows == 4 ? 2 : 4; }
 
-// A product: its outputs are cut into tiles, dealt to the blocks in turn from block `first` on; its
-// columns into chunks. A tile's part of a chunk is a stage of the ring of weights.
+// A product: its outputs are cut into tiles, which the blocks share from block `first` on; its columns
+// into chunks. A tile's part of a chunk is a stage of the ring of weights.
 struct Product {
   const char* weights;
   const char* scales;
@@ -133,14 +146,17 @@ struct Plan {
   Product products[kPhases];  // that of kAttention is not used
   int64_t layer_bytes;
   int32_t layers, hidden, heads, head_size, rows;
-  int32_t split_stats;  // pieces where the maxima and sums of attention's splits begin
+  // Pieces where attention's splits begin, and their maxima and sums.
+  int32_t split_values, split_stats;
   float eps;
   float query_scale;
   uint4* exchange;
   uint32_t* state;  // epochs so far; blocks that are done
   int32_t stages;   // of the ring of weights
-  // Whether all that waits for weights waits for their stream, as it holds less than a layer. Where it
-  // holds one, weights need not come as fast as they can: that would hold up the exchange.
+  int32_t copiers;  // warps that copy, in turns if they have to hurry or in the head
+  // Whether all that waits for weights waits for their copies: the ring holds less than a layer, or
+  // copies are short. Else one warp copies, as weights need not come as fast as they can, and one
+  // prefetches.
   int32_t hurry;
   int32_t lines;  // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero
@@ -171,7 +187,8 @@ struct Partial {
 
 // What workers have to know of a product.
 struct alignas(16) Work {
-  int32_t tiles, chunks, in, row_pieces;
+  int32_t tiles, chunks, in;
+  int32_t row_pieces;  // from row to row of the input
   const uint4* source;
   const float* gamma;          // of the first layer
   int32_t pitch, scale_pitch;  // bytes from row to row in a stage
@@ -189,8 +206,9 @@ struct alignas(128) Shared {
   // Batches of stages: how many workers take at once.
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  uint64_t finished[2];                                           // the buffer may be written again
-  uint8_t batch_of[Threads<kRows>::kStreamers / 32][kMaxStages];  // what each streaming warp knows
+  uint64_t finished[2];             // the buffer may be written again
+  uint8_t batch_of[2][kMaxStages];  // what each copying warp knows
+  int copied;                       // layers whose first weights have been copied
   RowState rows[kRows];
   uint32_t epoch;
 };
@@ -226,6 +244,9 @@ __device__ __forceinline__ void UnpackPiece(const uint4& piece, float* x) {
   x[3] = __uint_as_float(piece.z & 0xffffff00u);
 }
 
+// The piece of number n of a row of the residual stream.
+__device__ __forceinline__ int ResidualPiece(int n) { return n / kTile * kTileStride + n / 4 % 2; }
+
 // Four neighbouring lanes hold four numbers; the first of them writes the piece, if it shall.
 __device__ __forceinline__ void Publish(uint4* to, float x, uint32_t epoch, bool shall) {
   const float b = __shfl_down_sync(0xffffffffu, x, 1);
@@ -247,15 +268,6 @@ __device__ __forceinline__ void PublishStaged(uint4* to, float x, uint32_t epoch
 // The last two numbers of such a piece. The zeros are looked at because what nobody looks at would not
 // be loaded, and the 16 bytes have to be read as one.
 __device__ __forceinline__ uint32_t SecondPair(const uint4& piece) { return piece.y | piece.z; }
-
-// A piece of PublishStaged as one of Publish, back at its scale.
-template <typename W>
-__device__ __forceinline__ uint4 UnstagePiece(const uint4& piece) {
-  float x[4];
-  Vector<typename W::Element>::UnpackPair(piece.x, x);
-  Vector<typename W::Element>::UnpackPair(SecondPair(piece), x + 2);
-  return PackPiece(x[0] * W::kUnit, x[1] * W::kUnit, x[2] * W::kUnit, x[3] * W::kUnit, piece.w);
-}
 
 // A piece on its way, or zeros that have arrived where none is wanted.
 __device__ __forceinline__ uint4 AskForPiece(const uint4* from, uint32_t epoch, bool wanted) {
@@ -299,9 +311,11 @@ __device__ __forceinline__ int RankOf(const Product& product) {
 __device__ __forceinline__ int TilesOf(const Product& product) {
   return product.tiles_each + (RankOf(product) < product.tiles_left ? 1 : 0);
 }
-// The first output of the block's tile `tile`.
+// The first output of the block's tile `tile`. Tiles of a block are neighbours: a block writes whole
+// lines of the exchange where it can.
 __device__ __forceinline__ int OutputOf(const Product& product, int tile) {
-  return (tile * static_cast<int>(gridDim.x) + RankOf(product)) * kTile;
+  const int rank = RankOf(product);
+  return (rank * product.tiles_each + min(rank, product.tiles_left) + tile) * kTile;
 }
 
 // A worker counts from 0, and so does a finisher.

@@ -95,12 +95,16 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
         if (output.own) plan.logits[output.row * plan.ld + output.n] = y;
         continue;
       }
-      uint4* const to = plan.exchange + product.target + (output.row * product.out + output.n) / 4;
+      uint4* to = plan.exchange + product.target;
       const bool shall = output.own && self.lane % 4 == 0;
       if (!kNormed) {
+        to += ResidualPiece(output.row * product.out + output.n);
         residual[i] += y;
         Publish(to, residual[i], epoch, shall);
-      } else if (phase == kQkv) {
+        continue;
+      }
+      to += (output.row * product.out + output.n) / 4;
+      if (phase == kQkv) {
         Publish(to, y * (output.n < plan.hidden ? plan.query_scale : 1.0f), epoch, shall);
       } else {
         PublishStaged<W>(to, Gelu(y), epoch, shall);

@@ -105,26 +105,24 @@ __device__ __forceinline__ uint32_t ScaledPair(uint32_t pair, uint32_t minus, ui
   return *reinterpret_cast<const uint32_t*>(&product);
 }
 
-// Fragment i of what a lane holds, in numbers of 16 bits: float16 ones are built by their bits, as
+// Fragment i of what a lane has read, in numbers of 16 bits: float16 ones are built by their bits, as
 // 1024 + q.
-__device__ __forceinline__ uint4 Fragment(const Held<Half>& held, int i) { return held.weights[i]; }
-__device__ __forceinline__ uint4 Fragment(const Held<Brain>& held, int i) {
-  return held.weights[i];
-}
-__device__ __forceinline__ uint4 Fragment(const Held<Int8>& held, int i) {
-  const uint4& w = held.weights[i / 2];
+__device__ __forceinline__ uint4 Fragment(const Raw<Half>& raw, int i) { return raw.weights[i]; }
+__device__ __forceinline__ uint4 Fragment(const Raw<Brain>& raw, int i) { return raw.weights[i]; }
+__device__ __forceinline__ uint4 Fragment(const Raw<Int8>& raw, int i) {
+  const uint4& w = raw.weights[i / 2];
   const uint32_t low = (i % 2 == 0 ? w.x : w.z) ^ 0x80808080u;
   const uint32_t high = (i % 2 == 0 ? w.y : w.w) ^ 0x80808080u;
-  const uint32_t scale = held.scales[i / 2];
+  const uint32_t scale = raw.scales[i / 2];
   return make_uint4(ScaledPair(__byte_perm(low, 0x64646464u, 0x4140), 0x64806480u, scale),
                     ScaledPair(__byte_perm(low, 0x64646464u, 0x4342), 0x64806480u, scale),
                     ScaledPair(__byte_perm(high, 0x64646464u, 0x4140), 0x64806480u, scale),
                     ScaledPair(__byte_perm(high, 0x64646464u, 0x4342), 0x64806480u, scale));
 }
-__device__ __forceinline__ uint4 Fragment(const Held<Int4>& held, int i) {
-  const uint4& w = held.weights[0];
+__device__ __forceinline__ uint4 Fragment(const Raw<Int4>& raw, int i) {
+  const uint4& w = raw.weights[0];
   const uint32_t bits = i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
-  const uint32_t scale = held.scales[0];
+  const uint32_t scale = raw.scales[0];
   const auto pair = [&](int shift) {
     return ScaledPair((bits >> shift & 0x000f000fu) | 0x64006400u, 0x64086408u, scale);
   };
@@ -143,41 +141,46 @@ __device__ __forceinline__ void MultiplyEight(float (&sums)[4], const uint4& upp
 // Of one stage. Up to two rows: lanes hold output lane / 4 of row lane % 2, lane % 4 / 2 says which
 // half of the columns. More: of row lane % 4.
 template <typename W, int kRows>
-__device__ __forceinline__ float MultiplyOne(const Held<W>& held, const uint4 (&x)[4], int lane) {
+__device__ __forceinline__ float MultiplyOne(const Held& held, const uint4 (&x)[4], int lane) {
   using T = typename W::Element;
   float a[4] = {}, b[4] = {};
   if (kRows <= 2) {
-    MultiplyEight<T>(a, Fragment(held, 0), Fragment(held, 2), x[0]);
-    MultiplyEight<T>(b, Fragment(held, 1), Fragment(held, 3), x[1]);
+    MultiplyEight<T>(a, held.fragments[0], held.fragments[2], x[0]);
+    MultiplyEight<T>(b, held.fragments[1], held.fragments[3], x[1]);
     return lane % 4 < 2 ? (a[0] + a[1]) + (b[0] + b[1]) : (a[2] + a[3]) + (b[2] + b[3]);
   }
   const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    MultiplyEight<T>(a, Fragment(held, i), none, x[i]);
-    MultiplyEight<T>(b, Fragment(held, i + 1), none, x[i + 1]);
+    MultiplyEight<T>(a, held.fragments[i], none, x[i]);
+    MultiplyEight<T>(b, held.fragments[i + 1], none, x[i + 1]);
   }
   return (a[0] + a[1]) + (b[0] + b[1]);
 }
 
 // Of two tiles' stages of the same columns.
 template <typename W>
-__device__ __forceinline__ float2 MultiplyTwo(const Held<W>& first, const Held<W>& second,
+__device__ __forceinline__ float2 MultiplyTwo(const Held& first, const Held& second,
                                               const uint4 (&x)[4]) {
   using T = typename W::Element;
   float a[4] = {}, b[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    MultiplyEight<T>(a, Fragment(first, i), Fragment(second, i), x[i]);
-    MultiplyEight<T>(b, Fragment(first, i + 1), Fragment(second, i + 1), x[i + 1]);
+    MultiplyEight<T>(a, first.fragments[i], second.fragments[i], x[i]);
+    MultiplyEight<T>(b, first.fragments[i + 1], second.fragments[i + 1], x[i + 1]);
   }
   return make_float2((a[0] + a[1]) + (b[0] + b[1]), (a[2] + a[3]) + (b[2] + b[3]));
+}
+
+// Has the compiler compute it here, before inputs are waited for.
+__device__ __forceinline__ void Pin(uint4& x) {
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
 }
 
 // The warp's part of the next batch of the ring, `count` stages.
 template <typename W, int kRows, int kHeld>
 __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& work, int count,
-                                            Held<W> (&held)[kHeld]) {
+                                            Held (&held)[kHeld]) {
   BarrierWait(self.shared.full + self.batch, self.batch_parity);
   const int output = OutputOfGroup(self.lane / 4);
   const int at_weights =
@@ -190,16 +193,22 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
   for (int j = 0; j < kHeld; ++j) {
     if (j == count) self.stage = stage;
     const char* const from = self.ring + stage * Stage<W>::kBytes;
+    Raw<W> raw;
 #pragma unroll
     for (int i = 0; i < W::kLoads; ++i) {
-      held[j].weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + i * 64);
+      raw.weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + i * 64);
     }
 #pragma unroll
     for (int i = 0; i < W::kScales; ++i) {
       // A group of 32 columns each: two of a load's 64, or one of a lane's 32.
       const int group = W::kBits == 8 ? i * 2 + self.lane % 4 / 2 : self.lane % 4;
       const uint32_t scale = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
-      held[j].scales[i] = scale | scale << 16;
+      raw.scales[i] = scale | scale << 16;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      held[j].fragments[i] = Fragment(raw, i);
+      if (W::kScales > 0) Pin(held[j].fragments[i]);
     }
     if (++stage == self.plan.stages) stage = 0;
   }

@@ -1,4 +1,5 @@
-// The warp of the persistent kernel that streams weights into shared memory.
+// The warps of the persistent kernel that stream weights: into shared memory, and into the L2 cache ahead
+// of that.
 #pragma once
 
 #include "cuda/persistent_device.h"
@@ -27,12 +28,10 @@ __device__ __forceinline__ int ScalePitchOf(const Product& product) {
   return product.chunks == 1 ? static_cast<int>(product.scale_bytes) : Stage<W>::kScaleBytes;
 }
 
-// One of the warps that stream weights, in the order in which workers take them. All go through all
+// One of the warps that copy weights, in the order in which workers take them. All go through all
 // stages; each copies its own. They fill the ring before they know whether there is anything to do.
 template <typename W, int kRows>
 class Streamer {
-  static constexpr int kWarpsHere = Threads<kRows>::kStreamers / 32;
-
  public:
   __device__ __forceinline__ Streamer(const Plan& plan, Shared<kRows>& shared, char* ring, int warp)
       : plan_(plan),
@@ -52,6 +51,9 @@ class Streamer {
         return;
       }
       if (head) break;
+      if (phase == kQkv && warp_ == 0 && lane_ == 0) {
+        *static_cast<volatile int*>(&shared_.copied) = layer + 1;
+      }
       phase = phase == kQkv ? kOut : phase + 1;
       if (phase == kHead && ++layer < plan_.layers) phase = kQkv;
     }
@@ -98,7 +100,7 @@ class Streamer {
         }
         if (lane_ == 0) shared_.batch_of[warp_][stage_] = static_cast<uint8_t>(batch_);
         __syncwarp();
-        if ((split ? stage_ % kWarpsHere : 0) == warp_) {
+        if ((split && plan_.copiers == 2 ? stage_ % 2 : 0) == warp_) {
           Copy(product, outputs, chunk, weights, scales, full);
         }
         taken_ = min(taken_ + 1, plan_.stages);
@@ -153,6 +155,62 @@ class Streamer {
   int taken_ = 0;  // stages that have been used, up to all of them
   int stage_ = 0, batch_ = 0, left_ = 0;
   uint32_t parity_ = 0;  // of the batch
+};
+
+// The warp that brings a layer's weights into the L2 cache while the layer before is worked on: weights
+// without scales, of which the ring holds a layer.
+template <int kRows>
+class Prefetcher {
+ public:
+  __device__ __forceinline__ Prefetcher(const Plan& plan, Shared<kRows>& shared)
+      : plan_(plan), shared_(shared), lane_(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Run() {
+    WaitAt<Threads<kRows>::kCount>(kStarted);
+    if (ActiveRows(shared_) == 0) return;
+#pragma unroll 1
+    for (int layer = 1; layer <= plan_.layers; ++layer) {
+      while (*static_cast<volatile int*>(&shared_.copied) < layer) __nanosleep(100);
+      if (layer == plan_.layers) break;
+#pragma unroll 1
+      for (int phase = kQkv; phase < kHead; ++phase) {
+        const Product& product = plan_.products[phase];
+        if (phase != kAttention) Prefetch(product, TilesOf(product), layer * plan_.layer_bytes);
+      }
+    }
+    // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
+    const Product& head = plan_.products[kHead];
+    Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
+  }
+
+ private:
+  __device__ __forceinline__ void Prefetch(const Product& product, int tiles, int64_t behind) {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int first = OutputOf(product, tile);
+      const int outputs = min(kTile, product.out - first);
+      Prefetch(product.weights + behind + first * product.row_bytes, outputs * product.row_bytes);
+    }
+  }
+
+  __device__ __forceinline__ void Prefetch(const char* from, int64_t bytes) {
+    constexpr int kBytes = 8192;       // at once
+    constexpr uint32_t kCycles = 400;  // at least from one to the next: the pace of memory, no more
+#pragma unroll 1
+    for (int64_t at = 0; at < bytes; at += kBytes) {
+      while (static_cast<uint32_t>(clock()) - last_ < kCycles) __nanosleep(20);
+      last_ = static_cast<uint32_t>(clock());
+      if (lane_ == 0) {
+        BulkPrefetch(from + at, static_cast<uint32_t>(bytes - at < kBytes ? bytes - at : kBytes));
+      }
+      __syncwarp();
+    }
+  }
+
+  const Plan& plan_;
+  Shared<kRows>& shared_;
+  const int lane_;
+  uint32_t last_ = 0;
 };
 
 }  // namespace persistent

@@ -12,56 +12,6 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Four columns of an attended row that has splits: puts together what they gave, in their order. All
-// pieces are on their way at once.
-template <typename W, int kRows>
-__device__ __forceinline__ void GatherSplits(const Thread<kRows>& self, int row, int column,
-                                             bool own, uint32_t epoch, float (&x)[4]) {
-  constexpr int kSplits = kMaxSplits / kRows;
-  const Plan& plan = self.plan;
-  const uint4* const values =
-      plan.exchange + plan.products[kOut].source + row * (plan.hidden / 4) + column / 4;
-  const uint4* const stats =
-      plan.exchange + plan.split_stats + row * plan.heads + column / plan.head_size;
-  const int splits = own && self.Active(row) ? self.shared.rows[row].splits : 0;
-  uint4 pieces[2 * kSplits];
-  const auto at = [&](int i) -> const uint4* {
-    const int place = i / 2 * kPersistentRows;
-    return i % 2 == 0 ? values + place * (plan.hidden / 4) : stats + place * plan.heads;
-  };
-#pragma unroll
-  for (int i = 0; i < 2 * kSplits; ++i) {
-    // A sequence that is not split has no stats.
-    pieces[i] = AskForPiece(at(i), epoch, i / 2 < splits && (i % 2 == 0 || splits > 1));
-  }
-  WaitForPieces(pieces, at, epoch);
-  if (splits == 1) {  // its maximum is zero already
-    pieces[1].y = __float_as_uint(1.0f);
-    pieces[0] = UnstagePiece<W>(pieces[0]);
-  }
-  float max = -Infinity(), sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kSplits; ++i) {
-    if (i < splits) max = fmaxf(max, __uint_as_float(pieces[2 * i + 1].x));
-  }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) x[e] = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kSplits; ++i) {
-    const uint4& stat = pieces[2 * i + 1];
-    const float weight = i < splits ? Exp2(__uint_as_float(stat.x) - max) : 0.0f;
-    // The third number is zero: it is read because the 16 bytes have to be read as one.
-    sum = fmaf(__uint_as_float(stat.y), weight, sum) + __uint_as_float(stat.z);
-    float more[4];
-    UnpackPiece(pieces[2 * i], more);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
-  }
-  const float each = splits > 0 ? __fdividef(1.0f, sum) : 0.0f;
-#pragma unroll
-  for (int e = 0; e < 4; ++e) x[e] *= each;
-}
-
 // Chunks whose inputs are on their way at once.
 template <int kRows, bool kNormed, bool kOneChunk>
 __host__ __device__ constexpr int ChunksAtOnce() {
@@ -145,7 +95,8 @@ class Inputs {
 
  private:
   __device__ __forceinline__ const uint4* At(int i) const {
-    return from_ + i % kRows * row_pieces_ + (column_ / 4 + (first_ + i / kRows) * (kChunk / 4));
+    const int column = column_ + (first_ + i / kRows) * kChunk;
+    return from_ + i % kRows * row_pieces_ + (kNormed ? ResidualPiece(column) : column / 4);
   }
 
   const uint32_t epoch_;
@@ -157,25 +108,6 @@ class Inputs {
   uint4 pieces_[kPieces];
   float4 gamma_[kBatch];
 };
-
-// The attended rows where some row has splits, staged.
-template <typename W, int kRows>
-__device__ __forceinline__ void StageSplits(Thread<kRows>& self, const Work& work, uint32_t epoch) {
-  const int place = StagedPlace<W>(self.lane);
-  __syncwarp();  // what is staged has been read by all lanes
-#pragma unroll 1
-  for (int i = 0; i < work.chunks * kRows; ++i) {
-    const int column = i / kRows * kChunk + self.warp * kSpan + self.lane * 4;
-    float x[4];
-    GatherSplits<W>(self, i % kRows, column, column < work.in, epoch, x);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= 1.0f / W::kUnit;
-    using T = typename W::Element;
-    StageTwoPairs<W>(self, i / kRows, i % kRows, place, RoundPairFinite<T>(x[0], x[1]),
-                     RoundPairFinite<T>(x[2], x[3]));
-  }
-  __syncwarp();
-}
 
 // A worker's way through the tiles of a product: which stage comes next, and where its sums go.
 template <typename W, int kRows, bool kNormed, bool kOneChunk>
@@ -200,7 +132,7 @@ class Multiplication {
   // Without branches, so that the products of all stages are under way at once; what belongs to stages
   // or columns that are not there is not kept.
   __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Work& work,
-                                           const Held<W> (&held)[kHeld]) {
+                                           const Held (&held)[kHeld]) {
     const int lane = self.lane;
     float sums[kHeld];
     if (kOneChunk) {
@@ -272,30 +204,18 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
   self.StampNow(phase, layer, Stamp::kBegin);
   Multiplying multiplication;
   {
-    bool split = false;
-    if (!kNormed && phase == kOut) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) split = split || self.shared.rows[r].splits > 1;
-    }
-    Held<W> held[Multiplying::kHeld];
+    Held held[Multiplying::kHeld];
     NormSums<kRows> norm;
-    if (split) {
-      StageSplits<W>(self, work, epoch);
-      self.WaitForBuffer();
-      multiplication.Begin(self, work, min(kRound, work.tiles));
-      TakeWeights<W>(self, work, multiplication.Count(), held);
-    } else {
-      Inputs<W, kRows, kNormed, kOneChunk> inputs(
-          self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
-      self.WaitForBuffer();
-      multiplication.Begin(self, work, min(kRound, work.tiles));
-      TakeWeights<W>(self, work, multiplication.Count(), held);
-      // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
-      inputs.Ask(self, work);
-      self.StampNow(phase, layer, Stamp::kWeights);
-      // From here on all others wait.
-      inputs.Stage(self, work, &norm, phase, layer);
-    }
+    Inputs<W, kRows, kNormed, kOneChunk> inputs(
+        self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
+    self.WaitForBuffer();
+    multiplication.Begin(self, work, min(kRound, work.tiles));
+    TakeWeights<W>(self, work, multiplication.Count(), held);
+    // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
+    inputs.Ask(self, work);
+    self.StampNow(phase, layer, Stamp::kWeights);
+    // From here on all others wait.
+    inputs.Stage(self, work, &norm, phase, layer);
     self.Forget();
     multiplication.Multiply(self, work, held);
     self.StampNow(phase, layer, Stamp::kProducts);
@@ -305,7 +225,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
 #pragma unroll 1
   for (int group = 0;;) {
     while (!multiplication.Done()) {
-      Held<W> held[Multiplying::kHeld];
+      Held held[Multiplying::kHeld];
       TakeWeights<W>(self, work, multiplication.Count(), held);
       multiplication.Multiply(self, work, held);
     }
