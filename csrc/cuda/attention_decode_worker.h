@@ -40,8 +40,10 @@ struct FmaWorker {
       float scores[S::kLoads];
       LoadTile<S, true>(tile, page.keys, page.row_bytes, position, page.positions, lane);
       gathered.Multiply(tile, scores);
-      if (position + S::kTile >= page.positions) free_keys();
       const float weight = gathered.Weigh(scores, position, page.positions, lane);
+      // Not before lanes have exchanged what they made of the keys: a read that has only been issued
+      // may be overtaken by the copy.
+      if (position + S::kTile >= page.positions) free_keys();
       if (position == 0) wait_values();
       LoadTile<S, true>(tile, page.values, page.row_bytes, position, page.positions, lane);
       gathered.Add(tile, weight, lane);
@@ -180,13 +182,12 @@ struct MmaWorker {
         scores[t][i] = t * 8 + 2 * m + i < page.positions ? score : -Infinity();
       }
     }
-    free_keys();
-
     float new_max = max;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) new_max = fmaxf(new_max, fmaxf(scores[t][0], scores[t][1]));
     new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 1));
     new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 2));
+    free_keys();  // not before, as above
     const float shrink = Exp2(max - new_max);
     max = new_max;
     sum *= shrink;

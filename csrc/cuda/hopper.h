@@ -126,7 +126,9 @@ __device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes)
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
-// Orders what the thread has written to shared memory before what the bulk engine then writes there.
+// Orders what the thread has read from shared memory, or written there, before what the bulk engine then
+// writes. Without it a barrier is not enough: reads that the barrier's arrival follows need not have been
+// served when others see it.
 __device__ __forceinline__ void FenceForBulkEngine() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

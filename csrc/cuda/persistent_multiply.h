@@ -213,6 +213,13 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
     if (++stage == self.plan.stages) stage = 0;
   }
   if (count == kHeld) self.stage = stage;
+}
+
+// Lets the batch that has been taken be written over. What the warp has read of it may still be on its way:
+// reads that wait behind others are overtaken by the arrival, and the bulk engine does not queue.
+template <int kRows>
+__device__ __forceinline__ void ReleaseWeights(Thread<kRows>& self) {
+  FenceForBulkEngine();
   __syncwarp();
   if (self.lane == 0) BarrierArrive(self.shared.empty + self.batch);
   if (++self.batch == kMaxStages) {

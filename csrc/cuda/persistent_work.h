@@ -211,8 +211,11 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
     self.WaitForBuffer();
     multiplication.Begin(self, work, min(kRound, work.tiles));
     TakeWeights<W>(self, work, multiplication.Count(), held);
+    // With one row the next copy is worth more than asking at once; with several it is not.
+    if (kRows == 1) ReleaseWeights(self);
     // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
     inputs.Ask(self, work);
+    if (kRows > 1) ReleaseWeights(self);
     self.StampNow(phase, layer, Stamp::kWeights);
     // From here on all others wait.
     inputs.Stage(self, work, &norm, phase, layer);
@@ -227,6 +230,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
     while (!multiplication.Done()) {
       Held held[Multiplying::kHeld];
       TakeWeights<W>(self, work, multiplication.Count(), held);
+      ReleaseWeights(self);
       multiplication.Multiply(self, work, held);
     }
     self.PassBuffer();

@@ -80,17 +80,18 @@ def test_logits_are_those_of_the_kernels(shape: GPTShape, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_a_step_gives_the_same_bits_every_time(dtype: str) -> None:
-    """Hundreds of times the same few steps: blocks hand numbers to each other without barriers, and
-    what would come too late now and then is seldom seen in one run."""
-    shape = GPTShape(50257, 1024, 1024, 3, 16, 4096)
+    """Hundreds of times the same few steps: what comes too early now and then, as weights that are
+    copied over others which are still to be read, is seldom seen in one run."""
+    shape = GPTShape(1000, 1024, 1024, 3, 16, 4096)
     options = GenerationOptions(max_length=4, eos_token_id=-1)
+    repetitions = {(1020,): 50, (513, 512): 50, (1, 31, 33, 1020): 50, (513, 512, 511, 510): 1000}
     with EngineModel(
         shape, make_tensors(shape, WeightRecipe(1)), device="cuda", weight_dtype=dtype
     ) as model:
-        for lengths in ([1020], [513, 512], [1, 31, 33, 1020]):
+        for lengths, times in repetitions.items():
             prompts = [prompt(shape, n, i) for i, n in enumerate(lengths)]
             expected = model.generate(prompts, options, keep_logits=True)
-            for again in range(60):
+            for again in range(times):
                 found = model.generate(prompts, options, keep_logits=True)
                 for row, (one, other) in enumerate(zip(expected, found)):
                     differ = logits_of(one) != logits_of(other)
