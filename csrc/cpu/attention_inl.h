@@ -82,32 +82,50 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
   }
 }
 
-// Takes row m's scores to e^(score - the largest), times the scale of the value; returns the largest, and
-// the sum without scales.
-template <class C>
-float ExpScores(const SpanArgs& span, int64_t m, float* sum) {
-  float* const scores = span.tile->scores + (span.row + m) * kSpan;
-  const int64_t count = span.CountOf(m);
-  const int64_t padded = (count + kBlock - 1) / kBlock * kBlock;
-  for (int64_t p = count; p < padded; ++p) scores[p] = kNegativeInfinity;
-  T vectors = Vec::Set(kNegativeInfinity);
-  for (int64_t p = 0; p < padded; p += kWidth) vectors = Vec::Max(Vec::Load(scores + p), vectors);
-  const float largest = Vec::ReduceMax(vectors);
-  // A span of nothing but -inf weighs nothing beside others.
-  const T shift = Vec::Set(largest == kNegativeInfinity ? 0.0f : largest);
-  T total = Vec::Set(0.0f);
+// Takes scores of M rows to e^(score - the row's largest), times the scale of the value, and notes the
+// largest and the sum without scales behind the row's part. All rows at once: one alone waits for its
+// own chains. What a row does not attend weighs nothing.
+template <class C, int M>
+void ExpScores(const SpanArgs& span, float* part, int64_t part_stride) {
+  const AttentionArgs& args = *span.tile;
+  float* const scores = args.scores + span.row * kSpan;
+  const int64_t padded = (span.CountOf(M - 1) + kBlock - 1) / kBlock * kBlock;
+  T largest[M], shift[M], total[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    for (int64_t p = span.CountOf(m); p < padded; ++p) scores[m * kSpan + p] = kNegativeInfinity;
+    largest[m] = Vec::Set(kNegativeInfinity);
+  }
   for (int64_t p = 0; p < padded; p += kWidth) {
-    const T e = Exp(Vec::Sub(Vec::Load(scores + p), shift));
-    total = Vec::Add(total, e);
-    if constexpr (C::kScaled) {
-      const float* const scales = ScalesAt(*span.tile, span.begin + p) + kBlock;
-      Vec::Store(scores + p, Vec::Mul(e, Vec::Load(scales + p % kBlock)));
-    } else {
-      Vec::Store(scores + p, e);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      largest[m] = Vec::Max(Vec::Load(scores + m * kSpan + p), largest[m]);
     }
   }
-  *sum = Vec::ReduceAdd(total);
-  return largest;
+  float* const notes = part + args.head.value_stride;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    const float most = Vec::ReduceMax(largest[m]);
+    notes[m * part_stride + kPartMax] = most;
+    // A span of nothing but -inf weighs nothing beside others.
+    shift[m] = Vec::Set(most == kNegativeInfinity ? 0.0f : most);
+    total[m] = Vec::Set(0.0f);
+  }
+  for (int64_t p = 0; p < padded; p += kWidth) {
+    T factors = Vec::Set(1.0f);
+    if constexpr (C::kScaled) {
+      factors = Vec::Load(ScalesAt(args, span.begin + p) + kBlock + p % kBlock);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      float* const at = scores + m * kSpan + p;
+      const T e = Exp(Vec::Sub(Vec::Load(at), shift[m]));
+      total[m] = Vec::Add(total[m], e);
+      Vec::Store(at, C::kScaled ? Vec::Mul(e, factors) : e);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) notes[m * part_stride + kPartSum] = Vec::ReduceAdd(total[m]);
 }
 
 // parts[m, column ..) = sum over positions p of scores[m, p] * values[p], for M rows and V vectors.
@@ -173,10 +191,7 @@ void AttendSpan(const SpanArgs& span, float* part) {
   for (; at < most; at += kLeast * kWidth) ScoreTile<C, M, kLeast>(span, at);
 
   const int64_t part_stride = args.head.value_stride + kPartNotes;
-  for (int64_t m = 0; m < M; ++m) {
-    float* const notes = part + m * part_stride + args.head.value_stride;
-    notes[kPartMax] = ExpScores<C>(span, m, notes + kPartSum);
-  }
+  ExpScores<C, M>(span, part, part_stride);
 
   constexpr int kValues = kValueVecs<M>;
   int64_t column = 0;

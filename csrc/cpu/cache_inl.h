@@ -56,39 +56,83 @@ inline float ScaleOf(const float* from, int64_t n) {
   return (scale < least ? least : scale) + Vec::ReduceAdd(poison);
 }
 
-// One row of n elements, `stride` elements from one another.
+// Row of n elements to consecutive ones.
 template <class C>
-void WriteRow(const float* from, int64_t n, typename C::Element* to, int64_t stride, float* scale) {
+void WriteRow(const float* from, int64_t n, typename C::Element* to, float* scale) {
   T factor = Vec::Set(1.0f);
   if constexpr (C::kScaled) {
     *scale = ScaleOf(from, n);
     factor = Vec::Set(1.0f / *scale);
   }
-  typename C::Element row[kMostHeadSize + kWidth];
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const T x = LoadRow(from, i, n);
-    C::Store(row + i, C::kScaled ? Vec::Mul(x, factor) : x);
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    const T x = Vec::Load(from + i);
+    C::Store(to + i, C::kScaled ? Vec::Mul(x, factor) : x);
   }
-  for (int64_t i = 0; i < n; ++i) to[i * stride] = row[i];
+  if (whole == n) return;
+  typename C::Element rest[kWidth];
+  const T x = LoadRow(from, whole, n);
+  C::Store(rest, C::kScaled ? Vec::Mul(x, factor) : x);
+  for (int64_t i = whole; i < n; ++i) to[i] = rest[i - whole];
+}
+
+// kWidth rows of n elements, `stride` from one another, to columns: element i of all to to[i * kBlock ..).
+template <class C>
+void WriteColumns(const float* from, int64_t stride, int64_t n, typename C::Element* to,
+                  float* scales) {
+  T factors = Vec::Set(1.0f);
+  if constexpr (C::kScaled) {
+    float inverses[kWidth];
+    for (int64_t r = 0; r < kWidth; ++r) {
+      scales[r] = ScaleOf(from + r * stride, n);
+      inverses[r] = 1.0f / scales[r];
+    }
+    factors = Vec::Load(inverses);
+  }
+  for (int64_t i = 0; i < n; i += kWidth) {
+    T columns[kWidth];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kWidth; ++r) columns[r] = LoadRow(from + r * stride, i, n);
+    Vec::Transpose(columns);
+    const int64_t count = Min(kWidth, n - i);
+    for (int64_t k = 0; k < count; ++k) {
+      C::Store(to + (i + k) * kBlock, C::kScaled ? Vec::Mul(columns[k], factors) : columns[k]);
+    }
+  }
 }
 
 template <class C>
-void WriteCacheOf(const HeadLayout& head, const float* key, const float* value, char* area,
-                  int64_t at) {
+void WriteCacheOf(const HeadLayout& head, const float* keys, const float* values, int64_t stride,
+                  int64_t rows, char* area, int64_t at) {
   using Element = typename C::Element;
-  auto* const keys = reinterpret_cast<Element*>(area);
-  auto* const values = reinterpret_cast<Element*>(area + head.values_at);
+  auto* const key_columns = reinterpret_cast<Element*>(area);
+  auto* const value_rows = reinterpret_cast<Element*>(area + head.values_at);
   auto* const scales = reinterpret_cast<float*>(area + head.scales_at);
-  WriteRow<C>(key, head.head_size, keys + at, kBlock, scales + at);
-  WriteRow<C>(value, head.head_size, values + at * head.value_stride, 1, scales + kBlock + at);
+  int64_t r = 0;
+  for (; r + kWidth <= rows; r += kWidth) {
+    WriteColumns<C>(keys + r * stride, stride, head.head_size, key_columns + at + r,
+                    scales + at + r);
+  }
+  for (; r < rows; ++r) {
+    Element row[kMostHeadSize];
+    WriteRow<C>(keys + r * stride, head.head_size, row, scales + at + r);
+    for (int64_t i = 0; i < head.head_size; ++i) key_columns[i * kBlock + at + r] = row[i];
+  }
+  for (r = 0; r < rows; ++r) {
+    WriteRow<C>(values + r * stride, head.head_size, value_rows + (at + r) * head.value_stride,
+                scales + kBlock + at + r);
+  }
 }
 
-void WriteCache(const HeadLayout& head, const float* key, const float* value, char* area,
-                int64_t at) {
+void WriteCache(const HeadLayout& head, const float* keys, const float* values, int64_t stride,
+                int64_t rows, char* area, int64_t at) {
+  const auto write = [&](auto type) {
+    WriteCacheOf<decltype(type)>(head, keys, values, stride, rows, area, at);
+  };
   switch (head.type) {
-    case CacheType::kFloat32: return WriteCacheOf<CacheFloat32>(head, key, value, area, at);
-    case CacheType::kFloat16: return WriteCacheOf<CacheFloat16>(head, key, value, area, at);
-    case CacheType::kBFloat16: return WriteCacheOf<CacheBFloat16>(head, key, value, area, at);
-    case CacheType::kInt8: return WriteCacheOf<CacheInt8>(head, key, value, area, at);
+    case CacheType::kFloat32: return write(CacheFloat32{});
+    case CacheType::kFloat16: return write(CacheFloat16{});
+    case CacheType::kBFloat16: return write(CacheBFloat16{});
+    case CacheType::kInt8: return write(CacheInt8{});
   }
 }

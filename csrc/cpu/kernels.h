@@ -79,12 +79,13 @@ struct Kernels {
   // y = (x - mean) / sqrt(var + eps) * weight + bias over n elements.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                      float* y);
-  // Writes position `at` of a block: the key and the value of a head, [head_size] each, to its area.
+  // Writes positions [at, at + rows) of a block: keys and values of a head, [rows, head_size] each with that
+  // row stride, to its area.
   // 16-bit types round to nearest, ties to even, and finite numbers stay finite; int8 has the scale of
   // its largest magnitude. What is not finite becomes NaN in types other than float32, with int8 all
   // of its row.
-  void (*write_cache)(const HeadLayout& head, const float* key, const float* value, char* area,
-                      int64_t at);
+  void (*write_cache)(const HeadLayout& head, const float* keys, const float* values,
+                      int64_t stride, int64_t rows, char* area, int64_t at);
   // Span `index` of the rows that reach into it: writes its parts, from its blocks only.
   void (*attention_span)(const AttentionArgs& args, int64_t index);
   // out, from the parts of all spans, which are used up.

@@ -97,6 +97,14 @@ struct Vec {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  // Lane i of v[k] becomes lane k of v[i].
+  static void Transpose(T* v) {
+    float lanes[kWidth][kWidth];
+    for (int k = 0; k < kWidth; ++k) {
+      for (int i = 0; i < kWidth; ++i) lanes[i][k] = v[k][i];
+    }
+    for (int i = 0; i < kWidth; ++i) v[i] = Load(lanes[i]);
+  }
   static T PowerOfTwo(T n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));

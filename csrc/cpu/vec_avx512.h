@@ -122,6 +122,32 @@ struct Vec {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  // Lane i of v[k] becomes lane k of v[i].
+  static void Transpose(T* v) {
+    T quads[kWidth];  // 4 k + i has elements 4 l + i of vectors 4 k .. 4 k + 3, l by l
+#pragma GCC unroll 4
+    for (int k = 0; k < kWidth; k += 4) {
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[k], v[k + 1]));
+      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[k], v[k + 1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[k + 2], v[k + 3]));
+      const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[k + 2], v[k + 3]));
+      quads[k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      quads[k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      quads[k + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      quads[k + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const T even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+      const T odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+      const T even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+      const T odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+      v[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+      v[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+      v[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+      v[i + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+  }
   static T PowerOfTwo(T n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));

@@ -108,6 +108,14 @@ struct Vec {
     const float b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
   }
+  // Lane i of v[k] becomes lane k of v[i].
+  static void Transpose(T* v) {
+    float lanes[kWidth][kWidth];
+    for (int k = 0; k < kWidth; ++k) {
+      for (int i = 0; i < kWidth; ++i) lanes[i][k] = v[k][i];
+    }
+    for (int i = 0; i < kWidth; ++i) v[i] = Load(lanes[i]);
+  }
   // 2^n for whole n in [-126, 127].
   static T PowerOfTwo(T n) {
     T r;

@@ -37,13 +37,22 @@ void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t 
       }
     } else if (pending_columns_[head].count.fetch_sub(end - begin, std::memory_order_acq_rel) ==
                end - begin) {
-      for (size_t r = 0; r < rows.size(); ++r) {
-        const float* const key =
-            qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + h + head * d;
+      for (size_t r = 0; r < rows.size();) {
+        // A run of positions within a block of a sequence.
         const int32_t position = rows[r].position;
+        const size_t most = r + static_cast<size_t>(kBlock - position % kBlock);
+        size_t next = r + 1;
+        while (next < rows.size() && next < most && rows[next].slot == rows[r].slot &&
+               rows[next].position == rows[next - 1].position + 1) {
+          ++next;
+        }
+        const float* const keys =
+            qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_ + h + head * d;
         char* const block = rows[r].slot->blocks[position / kBlock]->data();
-        kernels_.write_cache(cache_.head(), key, key + h, block + cache_.HeadAt(layer, head),
+        kernels_.write_cache(cache_.head(), keys, keys + h, qkv_stride_,
+                             static_cast<int64_t>(next - r), block + cache_.HeadAt(layer, head),
                              position % kBlock);
+        r = next;
       }
     }
     begin = end;

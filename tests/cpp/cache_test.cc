@@ -61,7 +61,7 @@ TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
             const std::vector<char> before = block;
             char* const area = block.data() + pool.HeadAt(layer, h);
             for (int64_t at = 0; at < cpu::kBlock; ++at) {
-              kernels->write_cache(head, row.data(), row.data(), area, at);
+              kernels->write_cache(head, row.data(), row.data(), 0, 1, area, at);
             }
             for (size_t i = 0; i < block.size(); ++i) {
               if (block[i] != before[i]) {
@@ -74,6 +74,38 @@ TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
                 ASSERT_EQ(values[i], 0);
               }
             }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Positions written together are the bytes of positions written one by one, infinities and NaN included.
+TEST(BlockPool, RowsTogetherAreTheSameBytes) {
+  std::mt19937_64 random(kSeed);
+  std::normal_distribution<float> normal;
+  for (const cpu::Kernels* kernels : cpu::AllKernels()) {
+    if (!kernels->supported()) continue;
+    for (const cpu::CacheType type : kCacheTypes) {
+      for (const int64_t head_size : {1, 3, 16, 17, 64, 77}) {
+        const cpu::HeadLayout head = cpu::MakeHeadLayout(type, head_size);
+        const int64_t stride = 2 * head_size + 5;
+        std::vector<float> rows(static_cast<size_t>(cpu::kBlock * stride));
+        for (float& value : rows) value = normal(random);
+        rows[static_cast<size_t>(3 * stride)] = HUGE_VALF;
+        rows[static_cast<size_t>(20 * stride)] = std::nanf("");
+        for (const int64_t at : {0, 1, 13}) {
+          for (const int64_t count : {1, 4, 15, 16, 17, 19}) {
+            std::vector<char> together(static_cast<size_t>(head.bytes), 1), single = together;
+            const float* const values = rows.data() + head_size;
+            kernels->write_cache(head, rows.data(), values, stride, count, together.data(), at);
+            for (int64_t r = 0; r < count; ++r) {
+              kernels->write_cache(head, rows.data() + r * stride, values + r * stride, stride, 1,
+                                   single.data(), at + r);
+            }
+            ASSERT_EQ(together, single) << kernels->name << " " << cpu::CacheTypeName(type) << " "
+                                        << head_size << " at " << at << " " << count;
           }
         }
       }
@@ -98,7 +130,7 @@ TEST(BlockPool, RoundsAsItSays) {
       const cpu::HeadLayout head =
           cpu::MakeHeadLayout(brain ? cpu::CacheType::kBFloat16 : cpu::CacheType::kFloat16, n);
       std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-      kernels->write_cache(head, row.data(), row.data(), area.data(), 5);
+      kernels->write_cache(head, row.data(), row.data(), 0, 1, area.data(), 5);
       const auto* keys = reinterpret_cast<const uint16_t*>(area.data());
       const auto* values = reinterpret_cast<const uint16_t*>(area.data() + head.values_at);
       for (int64_t i = 0; i < n; ++i) {
@@ -118,7 +150,7 @@ TEST(BlockPool, RoundsAsItSays) {
       }
       values[70] = -largest;
       std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-      kernels->write_cache(head, values.data(), values.data(), area.data(), 31);
+      kernels->write_cache(head, values.data(), values.data(), 0, 1, area.data(), 31);
       const auto* keys = reinterpret_cast<const int8_t*>(area.data());
       const auto* scales = reinterpret_cast<const float*>(area.data() + head.scales_at);
       const float step = std::max(largest / 127.0f, 0x1p-120f);
@@ -135,7 +167,7 @@ TEST(BlockPool, RoundsAsItSays) {
         const cpu::HeadLayout head = cpu::MakeHeadLayout(type, 3);
         const float values[] = {1.0f, bad, 2.0f};
         std::vector<char> area(static_cast<size_t>(head.bytes), 0);
-        kernels->write_cache(head, values, values, area.data(), 0);
+        kernels->write_cache(head, values, values, 0, 1, area.data(), 0);
         float got;
         if (type == cpu::CacheType::kInt8) {
           std::memcpy(&got, area.data() + head.scales_at, sizeof got);
