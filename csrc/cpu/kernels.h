@@ -35,10 +35,14 @@ struct MatmulArgs {
   Epilogue epilogue;
 };
 
-// kGroup activations of a row in 8 bits: each is about scale * q.
+// Elements of a row in 8 bits that share a step.
+constexpr int64_t kStepRun = 4 * kGroup;
+
+// kGroup activations of a row in 8 bits: each is about step * q. Behind a row's groups comes a float, the
+// step of the last run.
 struct QuantizedGroup {
   int32_t offset;  // -(sum of q) * what the stored bytes of the weights are more than the weights
-  float scale;
+  float ratio;     // of the step of the run before to that of the run that begins here
   int8_t q[kGroup];
 };
 
@@ -72,7 +76,7 @@ struct Kernels {
 
   // Bytes of a row of `in` activations as `matmul` takes it for weights of this type, or 0: as it is.
   int64_t (*prepared_bytes)(WeightType type, int64_t in);
-  // Makes such a row: bfloat16 pairs, or for integer weights a QuantizedGroup for every kGroup.
+  // Makes such a row: bfloat16 pairs, or for integer weights QuantizedGroups and a step.
   void (*prepare)(WeightType type, const float* x, int64_t in, void* prepared);
   // Panels [begin, end) of y = epilogue(x W + b).
   void (*matmul)(const MatmulArgs& args, int64_t panel_begin, int64_t panel_end);

@@ -143,8 +143,18 @@ void Tile(const MatmulArgs& args, const Place& place) {
     Accumulate<W, M, V>(panel + first * W::kColumnBytes, x, x_stride, W::Units(args.in), &ahead,
                         acc);
   } else {
-    // Whole numbers within a group, and one chain of floats over the groups.
+    // Whole numbers within a group, and one chain of floats over the groups, in the row's steps: a
+    // multiplication for each sum where the step changes instead of one for each group.
     for (int64_t begin = 0; begin < args.in; begin += kGroup) {
+      if (begin != 0 && begin % kStepRun == 0) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
+          const T ratio = Vec::Set(group->ratio);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) acc[m][v] = Vec::Mul(acc[m][v], ratio);
+        }
+      }
       Vec::I part[M][V];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
@@ -166,15 +176,19 @@ void Tile(const MatmulArgs& args, const Place& place) {
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
-        const T step = Vec::Set(group->scale);
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-          acc[m][v] = Vec::Fma(Vec::FromInt(part[m][v]), Vec::Mul(scale[v], step), acc[m][v]);
+          acc[m][v] = Vec::Fma(Vec::FromInt(part[m][v]), scale[v], acc[m][v]);
         }
       }
       panel += 2 * kPanel + kGroup / 4 / W::kParts * kPanel * W::kColumnBytes;
       x += sizeof(QuantizedGroup);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T step = Vec::Set(*reinterpret_cast<const float*>(x + m * x_stride));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Mul(acc[m][v], step);
     }
   }
 #pragma GCC unroll 16
@@ -258,37 +272,50 @@ void Matmul(const MatmulArgs& args, int64_t begin, int64_t end) {
 
 // ---- rows of x as a product takes them -----------------------------------------------------
 
-// One group of a row. The magnitude of largest size is 127 steps; a group with an infinity or NaN in
-// it gives NaN, and one that is too small for its step to have a reciprocal gives zero.
-inline void QuantizeGroup(const float* x, int count, float zero_point, QuantizedGroup* group) {
-  constexpr int kVecs = static_cast<int>(kGroup) / kWidth;
-  T part[kVecs];
-  T largest = Vec::Set(0.0f);
-  T poison = Vec::Set(0.0f);  // 0, or NaN
-#pragma GCC unroll 16
-  for (int v = 0; v < kVecs; ++v) {
-    const int left = count - v * kWidth;
-    part[v] = left >= kWidth ? Vec::Load(x + v * kWidth)
-              : left > 0     ? Vec::LoadPart(x + v * kWidth, left, 0.0f)
-                             : Vec::Set(0.0f);
-    largest = Vec::Max(largest, Vec::Max(part[v], Vec::Sub(Vec::Set(0.0f), part[v])));
-    poison = Vec::Fma(part[v], Vec::Set(0.0f), poison);
-  }
-  const float most = Vec::ReduceMax(largest);
-  const float nothing = Vec::ReduceAdd(poison);
-  const bool usable = most > 1e-30f && nothing == 0.0f;
-  const T inverse = Vec::Set(usable ? 127.0f / most : 0.0f);
+// The next vector of a row of which `left` elements are there, zero behind them.
+inline T LoadOfRow(const float* x, int64_t left) {
+  return left >= kWidth ? Vec::Load(x)
+         : left > 0     ? Vec::LoadPart(x, static_cast<int>(left), 0.0f)
+                        : Vec::Set(0.0f);
+}
+
+// The largest magnitude of kStepRun elements is 127 steps, unless it is next to nothing or 2^40 times
+// smaller than one before: then the step is larger, so that sums in steps do not overflow. A row with an
+// infinity or NaN in it gives NaN.
+void QuantizeRow(const float* x, int64_t in, float zero_point, void* prepared) {
+  const T zero = Vec::Set(0.0f);
   const T magic = Vec::Set(12582912.0f);  // rounds to whole numbers, see Exp
-  T sum = Vec::Set(0.0f);
+  auto* group = static_cast<QuantizedGroup*>(prepared);
+  T poison = zero;  // 0, or NaN
+  float step = 1.0f, least = 1e-32f;
+  for (int64_t begin = 0; begin < in; begin += kStepRun) {
+    const int64_t end = Min(begin + kStepRun, in);
+    T magnitudes = zero;
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const T part = LoadOfRow(x + i, end - i);
+      magnitudes = Vec::Max(Vec::Max(part, Vec::Sub(zero, part)), magnitudes);
+      poison = Vec::Fma(part, zero, poison);
+    }
+    const float wanted = Vec::ReduceMax(magnitudes) / 127.0f;
+    const float before = step;
+    step = wanted > least ? wanted : least;
+    if (least < step * 0x1p-40f) least = step * 0x1p-40f;
+    const T inverse = Vec::Set(1.0f / step);
+    for (int64_t g = begin; g < end; g += kGroup, ++group) {
+      T sum = zero;
 #pragma GCC unroll 16
-  for (int v = 0; v < kVecs; ++v) {
-    T q = Vec::Sub(Vec::Fma(part[v], inverse, magic), magic);
-    if (!usable) q = Vec::Set(0.0f);
-    Vec::StoreInt8(group->q + v * kWidth, q);
-    sum = Vec::Add(sum, q);
+      for (int64_t i = 0; i < kGroup; i += kWidth) {
+        const T part = LoadOfRow(x + g + i, end - g - i);
+        // The larger of NaN and a number is the number.
+        const T q = Vec::Max(Vec::Sub(Vec::Fma(part, inverse, magic), magic), Vec::Set(-127.0f));
+        Vec::StoreInt8(group->q + i, q);
+        sum = Vec::Add(sum, q);
+      }
+      group->offset = static_cast<int32_t>(-zero_point * Vec::ReduceAdd(sum));
+      group->ratio = g == begin ? before / step : 1.0f;
+    }
   }
-  group->scale = usable ? most / 127.0f : nothing;
-  group->offset = static_cast<int32_t>(-zero_point * Vec::ReduceAdd(sum));
+  *reinterpret_cast<float*>(group) = step + Vec::ReduceAdd(poison);
 }
 
 template <class V>
@@ -302,7 +329,8 @@ int64_t PreparedBytes(WeightType type, int64_t in) {
   int64_t bytes = 0;
   if (type == WeightType::kBFloat16 && Vec::kBrainPairs) bytes = (in + 31) / 32 * 64;
   if (type == WeightType::kInt8 || type == WeightType::kInt4) {
-    bytes = (in + kGroup - 1) / kGroup * static_cast<int64_t>(sizeof(QuantizedGroup));
+    bytes = (in + kGroup - 1) / kGroup * static_cast<int64_t>(sizeof(QuantizedGroup)) +
+            static_cast<int64_t>(sizeof(float));
   }
   // An odd number of cache lines: rows 4096 bytes apart would share the same few sets of the cache.
   return bytes == 0 ? 0 : ((bytes + 63) / 64 | 1) * 64;
@@ -313,9 +341,5 @@ void Prepare(WeightType type, const float* x, int64_t in, void* prepared) {
     if constexpr (Vec::kBrainPairs) PrepareBrain<Vec>(x, in, static_cast<uint16_t*>(prepared));
     return;
   }
-  auto* group = static_cast<QuantizedGroup*>(prepared);
-  for (int64_t begin = 0; begin < in; begin += kGroup, ++group) {
-    QuantizeGroup(x + begin, static_cast<int>(Min(kGroup, in - begin)),
-                  type == WeightType::kInt8 ? 128.0f : 8.0f, group);
-  }
+  QuantizeRow(x, in, type == WeightType::kInt8 ? 128.0f : 8.0f, prepared);
 }

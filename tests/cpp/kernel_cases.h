@@ -92,8 +92,15 @@ struct Product {
       std::memcpy(&value, &bits, sizeof(value));
       return value;
     }
-    const auto& group = reinterpret_cast<const QuantizedGroup*>(from)[k / kGroup];
-    return static_cast<double>(group.scale) * group.q[k % kGroup];
+    // From the last step back to that of the element's run.
+    const auto* groups = reinterpret_cast<const QuantizedGroup*>(from);
+    float last;
+    std::memcpy(&last, groups + (in + kGroup - 1) / kGroup, sizeof(last));
+    double step = last;
+    for (int64_t run = (in - 1) / kStepRun; run > k / kStepRun; --run) {
+      step *= groups[run * kStepRun / kGroup].ratio;
+    }
+    return step * groups[k / kGroup].q[k % kGroup];
   }
 
   const Kernels& kernels;

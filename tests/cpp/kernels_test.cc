@@ -102,6 +102,29 @@ TEST(Kernels, ProductsOfDenormalAndLargeNumbers) {
       });
 }
 
+// Runs of a row that are nothing beside others, or zero, in any order: steps that differ by 2^80 and more.
+TEST(Kernels, ProductsOfRunsOfAnySize) {
+  std::mt19937 random(8);
+  std::normal_distribution<float> normal;
+  const float sizes[] = {1.0f, 0.0f, 1e-25f, 1e20f, 1e-36f, 1e-3f, 1e30f, 0.0f, 1e-10f};
+  for (const Kernels* kernels : Runnable()) {
+    for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
+      Product product(
+          *kernels, type, 9, 1111, 40, [&](int64_t, int64_t) { return normal(random); },
+          [&](int64_t r, int64_t k) { return sizes[(r + k / 128) % 9] * normal(random); });
+      product.Run();
+      Check(product, NameOf(*kernels, type, {9, 1111, 40}));
+      // And what the kernel is given is the row: a step is 2^-40 of the row's largest number at most.
+      for (int64_t k = 0; k < product.in; ++k) {
+        const double given = product.ElementOf(2, k),
+                     element = product.x[2 * product.float_stride + k];
+        ASSERT_LE(std::fabs(given - element), 0.004 * sizes[(2 + k / 128) % 9] * 5 + 1e30 * 0x1p-40)
+            << kernels->name << " element " << k;
+      }
+    }
+  }
+}
+
 TEST(Kernels, AnInfinityOrNaNStaysInItsRow) {
   for (const float odd :
        {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
@@ -175,7 +198,7 @@ TEST(Kernels, EveryNumberOfSixteenBits) {
   }
 }
 
-// What a product is given for a row is the row, within half of a step of its group.
+// What a product is given for a row is the row, within half of a step of its run.
 TEST(Kernels, PreparedRows) {
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
@@ -193,8 +216,8 @@ TEST(Kernels, PreparedRows) {
             if (product.prepared_bytes && type == WeightType::kBFloat16) {
               allowed = std::fabs(row[k]) / 256;
             } else if (product.prepared_bytes) {
-              const int64_t begin = k / kGroup * kGroup;
-              for (int64_t i = begin; i < std::min(begin + kGroup, in); ++i) {
+              const int64_t begin = k / kStepRun * kStepRun;
+              for (int64_t i = begin; i < std::min(begin + kStepRun, in); ++i) {
                 allowed = std::max(allowed, std::fabs(static_cast<double>(row[i])));
               }
               allowed *= 0.5001 / 127;
