@@ -4,7 +4,7 @@
 #
 #   ci/cuda.sh build              libfastgen and libfastgen_cuda for this GPU, in build-cuda/
 #   ci/cuda.sh test [<arg>...]    tests/cuda; arguments go to pytest
-#   ci/cuda.sh sanitize           the small tests under compute-sanitizer
+#   ci/cuda.sh sanitize [<arg>...]  the small tests under compute-sanitizer; arguments go to pytest
 #   ci/cuda.sh bench [<arg>...]   python -m benchmarks.cuda
 #
 # PYTHON names the interpreter (default: python3).
@@ -29,10 +29,14 @@ case "${1:-}" in
   build) build ;;
   test) shift; "$python" -m pytest -p no:cacheprovider tests/cuda "$@" ;;
   sanitize)
-    for tool in memcheck racecheck synccheck; do
+    shift
+    for tool in memcheck synccheck racecheck; do
       echo "== $tool"
-      compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-        "$python" -m pytest -p no:cacheprovider -q tests/cuda/test_sanitize.py
+      # Barriers of a kernel's blocks that synccheck keeps apart: 132 blocks of the persistent step have 82 each.
+      options=(--error-exitcode 1 --print-limit 20)
+      if [ "$tool" = synccheck ]; then options+=(--num-cuda-barriers 16384); fi
+      compute-sanitizer --tool "$tool" "${options[@]}" \
+        "$python" -m pytest -p no:cacheprovider -v tests/cuda/test_sanitize.py "$@"
     done
     ;;
   bench) shift; "$python" -m benchmarks.cuda "$@" ;;

@@ -144,10 +144,9 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     const int streamer = warp - kWarps - kFinisherWarps;
     if (streamer < plan.copiers) {
       Streamer<W, kRows>(plan, shared, ring, streamer).Run();
-    } else if (plan.hurry == 0) {
-      Prefetcher<kRows>(plan, shared).Run();
     } else {
       ArriveAt<kThreads>(kStarted);
+      if (plan.hurry == 0) Prefetcher<kRows>(plan, shared).Run();
     }
     return;
   }

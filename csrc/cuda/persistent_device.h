@@ -208,7 +208,7 @@ struct alignas(128) Shared {
   uint64_t empty[kMaxStages];
   uint64_t finished[2];             // the buffer may be written again
   uint8_t batch_of[2][kMaxStages];  // what each copying warp knows
-  int copied;                       // layers whose first weights have been copied
+  int copied;  // layers whose first weights have been copied; one more: there is nothing to do
   RowState rows[kRows];
   uint32_t epoch;
 };

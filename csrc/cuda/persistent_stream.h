@@ -48,12 +48,11 @@ class Streamer {
       const bool head = phase == kHead;
       if (!Stream(plan_.products[phase], head ? 0 : layer * plan_.layer_bytes,
                   head || plan_.hurry != 0)) {
+        TellPrefetcher(plan_.layers + 1);
         return;
       }
       if (head) break;
-      if (phase == kQkv && warp_ == 0 && lane_ == 0) {
-        *static_cast<volatile int*>(&shared_.copied) = layer + 1;
-      }
+      if (phase == kQkv) TellPrefetcher(layer + 1);
       phase = phase == kQkv ? kOut : phase + 1;
       if (phase == kHead && ++layer < plan_.layers) phase = kQkv;
     }
@@ -61,6 +60,10 @@ class Streamer {
   }
 
  private:
+  __device__ __forceinline__ void TellPrefetcher(int copied) {
+    if (warp_ == 0 && lane_ == 0) *static_cast<volatile int*>(&shared_.copied) = copied;
+  }
+
   // False where there is nothing to do.
   __device__ __forceinline__ bool Start() {
     started_ = true;
@@ -166,11 +169,15 @@ class Prefetcher {
       : plan_(plan), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    WaitAt<Threads<kRows>::kCount>(kStarted);
-    if (ActiveRows(shared_) == 0) return;
 #pragma unroll 1
     for (int layer = 1; layer <= plan_.layers; ++layer) {
-      while (*static_cast<volatile int*>(&shared_.copied) < layer) __nanosleep(100);
+      int copied = 0;
+      for (;;) {
+        copied = *static_cast<volatile int*>(&shared_.copied);
+        if (copied >= layer) break;
+        __nanosleep(100);
+      }
+      if (copied > plan_.layers) return;
       if (layer == plan_.layers) break;
 #pragma unroll 1
       for (int phase = kQkv; phase < kHead; ++phase) {
