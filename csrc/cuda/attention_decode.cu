@@ -1,6 +1,7 @@
 // Attention of decode steps: one query against a sequence's pages, bound by reading them. This kernel
 // loads through registers and runs on any device; see attention_decode_stream.cu for sm_90.
 #include "cuda/attention_decode.h"
+#include "cuda/launch.h"
 
 namespace fastgen {
 namespace cuda {
@@ -110,11 +111,11 @@ struct LaunchDecode {
 
   template <typename S>
   cudaError_t operator()(S) const {
-    const dim3 grid(args.splits, args.cache.num_heads, args.rows);
-    const size_t shared = sizeof(float) * kDecodeParts * (args.cache.head_size + 2);
-    auto kernel = DecodeKernel<S>;
-    kernel<<<grid, kWarps * 32, shared, stream>>>(args);
-    return cudaGetLastError();
+    LaunchShape shape;
+    shape.grid = dim3(args.splits, args.cache.num_heads, args.rows);
+    shape.threads = kWarps * 32;
+    shape.shared_bytes = sizeof(float) * kDecodeParts * (args.cache.head_size + 2);
+    return Launch(DecodeKernel<S>, shape, stream, args);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/foreign.h"
+#include "cuda/graph.h"
 #include "cuda/pack.h"
 
 namespace fastgen::cuda {
@@ -487,17 +488,15 @@ void CudaDevice::LaunchStep(int32_t rows) {
   auto found = graphs_.find(rows);
   if (found == graphs_.end()) {
     cudaGraph_t graph = nullptr;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+    Check(cudaGraphCreate(&graph, 0), "making a graph of a step");
     try {
+      const GraphRecorder recorder(graph);
       LaunchForward(rows);
       LaunchSample(rows);
     } catch (...) {
-      cudaStreamEndCapture(stream_, &graph);
-      if (graph) cudaGraphDestroy(graph);
-      cudaGetLastError();
+      cudaGraphDestroy(graph);
       throw;
     }
-    Check(cudaStreamEndCapture(stream_, &graph), "capturing a step");
     cudaGraphExec_t exec = nullptr;
 #if CUDART_VERSION >= 12000
     const cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);

@@ -1,5 +1,5 @@
 // The kernels of the CUDA device, as launchers: asynchronous on a stream, allocate nothing, never
-// synchronise, so that any sequence of them can be captured in a graph. Each returns what the launch
+// synchronise, so that any sequence of them can be a graph (graph.h). Each returns what the launch
 // said. Sizes are checked by the caller; pointers are device pointers.
 //
 // Activations are float32 [rows, stride] in decode steps, and of the weights' type in prefill.

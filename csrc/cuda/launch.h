@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/arch.h"
+#include "cuda/graph.h"
 #include "cuda/mma.h"
 
 namespace fastgen {
@@ -139,6 +140,10 @@ cudaError_t LaunchAllowed(void (*kernel)(Args), const LaunchShape& shape, cudaSt
   const void* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&args};
   const dim3 block(static_cast<unsigned>(shape.threads));
+  if (GraphRecorder* const recorder = GraphRecorder::Current()) {
+    return recorder->Add(function, shape.grid, block, shape.shared_bytes, shape.cluster,
+                         shape.overlap, pointers);
+  }
 #if FASTGEN_CUDA_HAS_CLUSTERS
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};

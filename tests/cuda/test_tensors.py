@@ -214,6 +214,33 @@ def test_threads_with_streams_of_their_own(arrays: dict[str, Any]) -> None:
     assert failures == []
 
 
+def test_others_wait_for_the_device_meanwhile(arrays: dict[str, Any]) -> None:
+    """Threads that have nothing to do with the engine, while it makes graphs of new steps."""
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def wait_for_device() -> None:
+        try:
+            while not done.is_set():
+                torch.cuda.synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=wait_for_device) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            with EngineModel(SHAPE, arrays, device="cuda") as model:
+                for rows in range(1, 17):
+                    model.generate([[1, 2, 3]] * rows, GREEDY)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
 # ---- What is refused ---------------------------------------------------------------------------
 
 
