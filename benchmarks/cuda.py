@@ -165,6 +165,10 @@ class Contest:
         for (who, dtype), why in failures.items():
             self._add(cell, who, dtype, [], why)
         ready.clear()
+        if any(who in (COMPILED, HF_STATIC) for who, _, _ in makers):
+            from benchmarks.cuda_peers import forget_compiled
+
+            forget_compiled()
         _give_memory_back()
 
     def _add(

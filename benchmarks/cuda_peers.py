@@ -47,6 +47,12 @@ def weights_on_device(tensors: dict[str, np.ndarray]) -> Weights:
     }
 
 
+def forget_compiled() -> None:
+    """Drops what PyTorch has compiled, of which it keeps so much only. For when nothing runs it
+    any more: a graph may still launch kernels that would be unloaded."""
+    torch._dynamo.reset()
+
+
 def give_memory_back() -> None:
     """Returns what PyTorch keeps for later to the device."""
     gc.collect()
@@ -62,8 +68,6 @@ class TorchStep:
         # As long a cache as the context asks for: attention runs over all of it.
         length = min(MAX_POSITIONS, cell.context + STEPS)
         self._centre = cell.centre
-        if compiled:
-            torch._dynamo.reset()
         self._model = TorchGPT2(config, weights, cell.batch, length)
         self._replay = self._model.capture(compiled)
 
@@ -116,8 +120,6 @@ class HuggingFaceDecode:
     """Steps of ``generate``; a static cache is compiled by it."""
 
     def __init__(self, config: dict[str, Any], weights: Weights, cell: Cell, static: bool) -> None:
-        if static:
-            torch._dynamo.reset()
         self._model = _huggingface(config, weights)
         self._static = static
         length = max(1, cell.centre - STEPS // 2)
