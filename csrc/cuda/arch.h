@@ -27,6 +27,13 @@
 #define FASTGEN_ARCH_HAS_MMA_K8 0
 #endif
 
+// Graphs whose kernels may start before the one before has ended.
+#if CUDART_VERSION >= 12030 && !defined(FASTGEN_CUDA_FLOOR)
+#define FASTGEN_CUDA_HAS_GRAPH_EDGES 1
+#else
+#define FASTGEN_CUDA_HAS_GRAPH_EDGES 0
+#endif
+
 // Clusters of blocks and programmatic dependent launch: the launch attributes, and the instructions.
 #if CUDART_VERSION >= 11080 && !defined(FASTGEN_CUDA_FLOOR)
 #define FASTGEN_CUDA_HAS_CLUSTERS 1

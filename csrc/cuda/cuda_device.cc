@@ -490,7 +490,7 @@ void CudaDevice::LaunchStep(int32_t rows) {
     cudaGraph_t graph = nullptr;
     Check(cudaGraphCreate(&graph, 0), "making a graph of a step");
     try {
-      const GraphRecorder recorder(graph);
+      const GraphRecorder recorder(graph, properties_.major >= 9);
       LaunchForward(rows);
       LaunchSample(rows);
     } catch (...) {

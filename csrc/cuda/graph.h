@@ -15,7 +15,10 @@ namespace cuda {
 // instead of launching them.
 class GraphRecorder {
  public:
-  explicit GraphRecorder(cudaGraph_t graph) : graph_(graph) { Current() = this; }
+  // `overlaps`: whether the device can start a kernel before the one before it has ended (sm_90).
+  GraphRecorder(cudaGraph_t graph, bool overlaps) : graph_(graph), overlaps_(overlaps) {
+    Current() = this;
+  }
   ~GraphRecorder() { Current() = nullptr; }
   GraphRecorder(const GraphRecorder&) = delete;
   GraphRecorder& operator=(const GraphRecorder&) = delete;
@@ -26,14 +29,14 @@ class GraphRecorder {
     return current;
   }
 
-  // With `overlap` the kernel may start before the one before it has ended, where graphs know of that
-  // (CUDA 12.3). `arguments` are copied.
+  // With `overlap` the kernel may start early, where the device and graphs (CUDA 12.3) know of that.
+  // `arguments` are copied.
   cudaError_t Add(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, int cluster,
                   bool overlap, void** arguments) {
     cudaGraphNode_t node = nullptr;
     const cudaGraphNode_t* const before = last_ == nullptr ? nullptr : &last_;
     const size_t num_before = last_ == nullptr ? 0 : 1;
-#if CUDART_VERSION >= 12030
+#if FASTGEN_CUDA_HAS_GRAPH_EDGES
     cudaGraphNodeParams params = {};
     params.type = cudaGraphNodeTypeKernel;
     params.kernel.func = const_cast<void*>(kernel);
@@ -42,7 +45,7 @@ class GraphRecorder {
     params.kernel.sharedMemBytes = static_cast<unsigned>(shared_bytes);
     params.kernel.kernelParams = arguments;
     cudaGraphEdgeData edge = {};
-    if (overlap) {
+    if (overlap && overlaps_) {
       edge.from_port = cudaGraphKernelNodePortProgrammatic;
       edge.type = cudaGraphDependencyTypeProgrammatic;
     }
@@ -54,6 +57,7 @@ class GraphRecorder {
 #endif
 #else
     static_cast<void>(overlap);
+    static_cast<void>(overlaps_);
     cudaKernelNodeParams params = {};
     params.func = const_cast<void*>(kernel);
     params.gridDim = grid;
@@ -79,6 +83,7 @@ class GraphRecorder {
 
  private:
   cudaGraph_t graph_;
+  const bool overlaps_;
   cudaGraphNode_t last_ = nullptr;
 };
 
