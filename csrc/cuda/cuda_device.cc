@@ -16,6 +16,15 @@ constexpr size_t kSharedHeads = 2048;
 
 std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
 std::atomic<int64_t> persistent_steps{0};
+std::atomic<int64_t> choosing_steps{0};
+
+// Whether a step as one kernel may choose the tokens: the best or one of few, of logits as they come.
+bool IsChosenInStep(const engine::SamplingParams& params, int32_t vocab) {
+  const bool of_few = params.top_k > 0 && params.top_k <= kPersistentTopK && params.top_k < vocab;
+  return (!params.sample || of_few) && params.min_length == 0 &&
+         params.repetition_penalty == 1.0f && params.no_repeat_ngram_size == 0 &&
+         params.forced_bos_token_id < 0 && params.forced_eos_token_id < 0;
+}
 
 DType ActivationType(DType weights) {
   return weights == DType::kFloat32 || weights == DType::kBFloat16 ? weights : DType::kFloat16;
@@ -23,10 +32,8 @@ DType ActivationType(DType weights) {
 
 }  // namespace
 
-int64_t SetStepPolicy(StepPolicy policy) {
-  step_policy = policy;
-  return persistent_steps;
-}
+void SetStepPolicy(StepPolicy policy) { step_policy = policy; }
+StepCounts CountSteps() { return {persistent_steps, choosing_steps}; }
 
 CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginOptions& options,
                        const engine::PluginWeights& weights)
@@ -164,6 +171,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
   slot.launched = false;
+  slot.chosen_in_step = IsChosenInStep(spec.sampling, config_.vocab_size);
   slot.ahead = AheadResults(spec.sampling.max_length);
   slot.open = true;
   return static_cast<int32_t>(at);
@@ -338,8 +346,12 @@ void CudaDevice::PreparePersistent() {
   args.overlap = true;
   bool any = false;
   for (int32_t rows = 1; rows <= kPersistentRows; ++rows) {
+    const SampleArgs choice;
     args.rows = rows;
+    args.choice = nullptr;
     persistent_rows_[rows] = PersistentSupported(args);
+    args.choice = &choice;
+    persistent_chooses_[rows] = persistent_rows_[rows] && PersistentSupported(args);
     any = any || persistent_rows_[rows];
   }
   if (any) exchange_ = DeviceMemory(PersistentExchangeBytes(args), "the work space of a step");
@@ -348,10 +360,19 @@ void CudaDevice::PreparePersistent() {
 
 bool CudaDevice::RunsPersistent(int32_t rows) const {
   return rows <= kPersistentRows && persistent_rows_[rows] &&
-         step_policy.load() == StepPolicy::kAutomatic;
+         step_policy.load() != StepPolicy::kKernels;
 }
 
-void CudaDevice::LaunchPersistent(int32_t rows) {
+bool CudaDevice::ChoosesInStep() const {
+  const auto rows = static_cast<int32_t>(step_slots_.size());
+  return RunsPersistent(rows) && persistent_chooses_[rows] &&
+         step_policy.load() != StepPolicy::kChoiceApart &&
+         std::all_of(step_slots_.begin(), step_slots_.end(), [this](int32_t slot) {
+           return slot < 0 || slots_[static_cast<size_t>(slot)].chosen_in_step;
+         });
+}
+
+void CudaDevice::LaunchPersistent(int32_t rows, const SampleArgs* choice) {
   PersistentArgs& args = persistent_;
   // The first step, and the one in some hours whose epochs would not be new.
   if (persistent_steps_left_ == 0) {
@@ -364,6 +385,7 @@ void CudaDevice::LaunchPersistent(int32_t rows) {
   args.slots = device_slots_.as<Slot>();
   args.logits = decode_space_.logits.as<float>();
   args.ld = logits_stride_;
+  args.choice = choice;
   cudaError_t status = PersistentStep(args, stream_);
   if (status != cudaSuccess && args.overlap) {
     // A driver that cannot start such a kernel early starts it when its turn has come.
@@ -373,6 +395,7 @@ void CudaDevice::LaunchPersistent(int32_t rows) {
   }
   Check(status, "launching a step");
   ++persistent_steps;
+  if (choice != nullptr) ++choosing_steps;
   --persistent_steps_left_;
 }
 
@@ -462,7 +485,7 @@ void CudaDevice::LaunchFirst(int32_t rows) {
   LaunchHead(layer_space_.x, 0, rows);
 }
 
-void CudaDevice::LaunchSample(int32_t rows) {
+SampleArgs CudaDevice::Choice(int32_t rows) const {
   SampleArgs args;
   args.logits = decode_space_.logits.as<float>();
   args.ld = logits_stride_;
@@ -476,13 +499,22 @@ void CudaDevice::LaunchSample(int32_t rows) {
   args.step = ring_.count();
   args.workspace = decode_space_.sample.as<>();
   args.overlap = true;
-  Check(Sample(args, stream_), "launching the choice of tokens");
+  return args;
+}
+
+void CudaDevice::LaunchSample(int32_t rows) {
+  Check(Sample(Choice(rows), stream_), "launching the choice of tokens");
 }
 
 void CudaDevice::LaunchStep(int32_t rows) {
   if (RunsPersistent(rows)) {
-    LaunchPersistent(rows);
-    LaunchSample(rows);
+    if (ChoosesInStep()) {
+      const SampleArgs choice = Choice(rows);
+      LaunchPersistent(rows, &choice);
+    } else {
+      LaunchPersistent(rows);
+      LaunchSample(rows);
+    }
     return;
   }
   auto found = graphs_.find(rows);

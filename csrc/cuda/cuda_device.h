@@ -19,10 +19,15 @@
 
 namespace fastgen::cuda {
 
-// How steps of few rows run. Tests choose; it is the whole process's.
-enum class StepPolicy : int32_t { kAutomatic, kKernels };
-// Returns how many steps were launched as one kernel so far.
-int64_t SetStepPolicy(StepPolicy policy);
+// How steps of few rows run: as the device decides, as those of many, or without choosing tokens in the
+// same kernel. Tests choose; it is the whole process's.
+enum class StepPolicy : int32_t { kAutomatic, kKernels, kChoiceApart };
+void SetStepPolicy(StepPolicy policy);
+// Steps that were launched as one kernel so far, and of these those that chose tokens.
+struct StepCounts {
+  int64_t one_kernel, choosing;
+};
+StepCounts CountSteps();
 
 inline int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -63,8 +68,9 @@ class CudaDevice {
     bool open = false;
     bool keep_logits = false;
     int32_t prompt_length = 0;
-    int32_t fed = 0;        // prompt tokens in the cache
-    bool launched = false;  // any of its steps
+    int32_t fed = 0;              // prompt tokens in the cache
+    bool launched = false;        // any of its steps
+    bool chosen_in_step = false;  // its options are those of a step that chooses
     AheadResults ahead;
     std::vector<char*> pages;
   };
@@ -100,6 +106,7 @@ class CudaDevice {
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).
   void LaunchHead(const DeviceMemory& x, int32_t first_row, int32_t rows);
+  SampleArgs Choice(int32_t rows) const;
   void LaunchSample(int32_t rows);
   void LaunchStep(int32_t rows);
   // The first step of long prompts, whose last rows a prefill has left: logits alone are to be made.
@@ -107,7 +114,10 @@ class CudaDevice {
   // Steps of few rows as one kernel, where the device and the network allow it.
   void PreparePersistent();
   bool RunsPersistent(int32_t rows) const;
-  void LaunchPersistent(int32_t rows);
+  // With a choice the step ends with its tokens, else with its logits.
+  void LaunchPersistent(int32_t rows, const SampleArgs* choice = nullptr);
+  // Whether a step of step_slots_ chooses its tokens in its kernel.
+  bool ChoosesInStep() const;
   int32_t Splits(int32_t rows) const;
 
   // Launches until each of these slots that goes on has so many steps pending, or the ring is full of
@@ -185,11 +195,13 @@ class CudaDevice {
   std::vector<int32_t> step_slots_;
   std::vector<float*> step_logits_;
   PrefillSpace prefill_space_;
-  std::map<int32_t, cudaGraphExec_t> graphs_;       // by rows
-  bool packs_rows_ = false;                         // in steps that are not one kernel
-  PersistentArgs persistent_;                       // but for what a step brings
-  bool persistent_rows_[kPersistentRows + 1] = {};  // whether steps of so many rows can run so
-  uint32_t persistent_steps_left_ = 0;              // before the exchange has to be zeroed
+  std::map<int32_t, cudaGraphExec_t> graphs_;  // by rows
+  bool packs_rows_ = false;                    // in steps that are not one kernel
+  PersistentArgs persistent_;                  // but for what a step brings
+  // Whether steps of so many rows can run so, and choose tokens.
+  bool persistent_rows_[kPersistentRows + 1] = {};
+  bool persistent_chooses_[kPersistentRows + 1] = {};
+  uint32_t persistent_steps_left_ = 0;  // before the exchange has to be zeroed
   DeviceMemory exchange_;
   bool attention_stores_ = false;           // keys and values of a prefill through cuBLASLt
   std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had

@@ -7,7 +7,9 @@
 #include "cuda/launch.h"
 #include "cuda/pack.h"
 #include "cuda/persistent_attention.h"
+#include "cuda/persistent_choice.h"
 #include "cuda/persistent_finish.h"
+#include "cuda/persistent_step.h"
 #include "cuda/persistent_stream.h"
 #include "cuda/persistent_work.h"
 
@@ -16,116 +18,18 @@ namespace cuda {
 namespace persistent {
 namespace {
 
-#if FASTGEN_ARCH_HAS_PERSISTENT
-
-// A position holds its token and all before it, so parts follow from the number of positions. Up to
-// `whole` of them a block takes in one round, which is sooner done than putting parts together.
-template <int kRows>
-__device__ __forceinline__ void CutRow(RowState* row, int whole) {
-  constexpr int kPart = 128;  // positions that are worth a block of their own
-  const int positions = row->position + 1;
-  const int wanted =
-      positions <= whole ? 1 : min(kMaxSplits / kRows, (positions + kPart - 1) / kPart);
-  const int span = (positions + wanted - 1) / wanted;
-  row->span = max(1, (span + kPage - 1) / kPage) * kPage;
-  row->splits = max(1, (positions + row->span - 1) / row->span);
-}
-
-// What the block has to know of the step, read by its first warps.
-template <typename W, int kRows>
-__device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared) {
-  const int i = threadIdx.x;
-  if (i < kRows) {
-    RowState row = {nullptr, -1, 0, 1, kPage};
-    if (i < plan.rows) {
-      const Row here = plan.row_list[i];
-      if (here.slot >= 0) {
-        const Slot& slot = plan.slots_of_rows[here.slot];
-        const int newest = slot.finished != 0 ? -1 : slot.length - 1;
-        row.position = here.position >= 0 ? here.position : newest;
-        row.pages = const_cast<const char* const*>(slot.pages);
-        if (row.position >= 0) row.token = slot.tokens[row.position];
-      }
-    }
-    CutRow<kRows>(&row, RoundOf(plan, kManyLoads));
-    shared.rows[i] = row;
-  }
-  if (i == 32) shared.epoch = plan.state[0] + 1u;
-  if (i >= 64 && i < 64 + kPhases) {
-    const Product& product = plan.products[i - 64];
-    Work work;
-    work.tiles = i - 64 == kAttention ? 0 : TilesOf(product);
-    work.chunks = product.chunks;
-    work.in = product.in;
-    work.row_pieces =
-        product.norm_weight != nullptr ? product.in / kTile * kTileStride : product.in / 4;
-    work.source = plan.exchange + product.source;
-    work.gamma = product.norm_weight;
-    work.pitch = PitchOf<W>(product);
-    work.scale_pitch = ScalePitchOf<W>(product);
-    shared.work[i - 64] = work;
-  }
-}
-
-// Element n of a token's embedding.
-template <typename W>
-__device__ __forceinline__ float EmbeddingAt(const Matrix& table, int token, int n) {
-  const char* const row = static_cast<const char*>(table.data) + token * table.row_bytes;
-  if (W::kScales == 0) {
-    float pair[2];
-    Vector<typename W::Element>::UnpackPair(reinterpret_cast<const uint16_t*>(row)[n], pair);
-    return pair[0];
-  }
-  const __half* const scales = static_cast<const __half*>(table.scales);
-  const float scale =
-      __half2float(scales[static_cast<int64_t>(token) * table.scale_stride + n / kGroup]);
-  const int q = W::kBits == 8 ? reinterpret_cast<const int8_t*>(row)[n]
-                              : (row[n / 2] >> (n % 2 * 4) & 15) - 8;
-  return scale * static_cast<float>(q);
-}
-
-// The first layer's input, by the finishers that keep the residual stream of those columns.
-template <typename W, int kRows>
-__device__ __forceinline__ void Embed(Thread<kRows>& self,
-                                      float (&residual)[Threads<kRows>::kOutputs]) {
-  const Plan& plan = self.plan;
-  const Product& keeper = plan.products[kOut];
-#pragma unroll
-  for (int i = 0; i < Threads<kRows>::kOutputs; ++i) {
-    const Output<kRows> output(self, keeper, 0, TilesOf(keeper), i);
-    residual[i] = 0.0f;
-    if (output.own) {
-      const RowState& state = self.shared.rows[output.row];
-      residual[i] = EmbeddingAt<W>(plan.embedding, state.token, output.n) +
-                    plan.positions[state.position * plan.position_stride + output.n];
-    }
-    Publish(plan.exchange + plan.products[kQkv].source +
-                ResidualPiece(output.row * plan.hidden + output.n),
-            residual[i], self.epoch, output.own && self.lane % 4 == 0);
-  }
-}
-
-// Counts the step when all blocks have read which one it is.
-__device__ __forceinline__ void CountStep(const Plan& plan, uint32_t epoch) {
-  if (atomicAdd(plan.state + 1, 1u) + 1u != gridDim.x) return;
-  plan.state[1] = 0;
-  plan.state[0] = epoch + static_cast<uint32_t>(plan.layers);
-}
-
-#endif  // FASTGEN_ARCH_HAS_PERSISTENT
-
 template <typename W, int kRows>
 __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     StepKernel(const FASTGEN_GRID_CONSTANT Plan plan) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
-  extern __shared__ __align__(128) char persistent_memory[];
-  Shared<kRows>& shared = *reinterpret_cast<Shared<kRows>*>(persistent_memory);
-  char* const activations = persistent_memory + sizeof(Shared<kRows>);
-  char* const ring = activations + plan.lines * Activations<kRows>::kWarpsBytes;
+  Shared<kRows>& shared = SharedOfBlock<kRows>();
+  char* const ring =
+      block_memory + sizeof(Shared<kRows>) + plan.lines * Activations<kRows>::kWarpsBytes;
   constexpr int kThreads = Threads<kRows>::kCount;
   constexpr int kFinisherWarps = Threads<kRows>::kFinishers / 32;
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  if (thread == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       BarrierInit(shared.full + s, plan.copiers);
       BarrierInit(shared.empty + s, kWarps);
@@ -135,7 +39,10 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     BarrierInitDone();
     shared.copied = 0;
   }
-  for (int i = threadIdx.x * 16; i < plan.clear; i += kThreads * 16) {
+  for (int i = thread; i < static_cast<int>(sizeof(Plan) / sizeof(uint32_t)); i += kThreads) {
+    reinterpret_cast<uint32_t*>(&shared.plan)[i] = reinterpret_cast<const uint32_t*>(&plan)[i];
+  }
+  for (int i = thread * 16; i < plan.clear; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   }
   if (plan.clear > 0) FenceForBulk();
@@ -144,75 +51,72 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     const int streamer = warp - kWarps - kFinisherWarps;
     if (streamer < plan.copiers) {
       Streamer<W, kRows>(plan, shared, ring, streamer).Run();
-    } else {
-      ArriveAt<kThreads>(kStarted);
-      if (plan.hurry == 0) Prefetcher<kRows>(plan, shared).Run();
+      return;
     }
+    ArriveAt<kThreads>(kStarted);
+    const bool goes_on = Prefetcher<kRows>(plan, shared).Run();
+    if (goes_on && plan.chooses != 0) ChooseTokens<kRows>(Role::kPrefetcher);
     return;
   }
   WaitForGrid();
   ReadStep<W>(plan, shared);
   WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
   ArriveAt<kThreads>(kStarted);
-  const uint32_t active = ActiveRows(shared);
-  if (active == 0) return;
-  const bool worker = warp < kWarps;
-  Thread<kRows> self = {plan,
-                        shared,
-                        activations + warp * plan.lines * Activations<kRows>::kBytes,
-                        ring,
-                        static_cast<int>(threadIdx.x) - (worker ? 0 : kWorkers),
-                        worker ? warp : warp - kWarps,
-                        static_cast<int>(threadIdx.x) % 32,
-                        active,
-                        shared.epoch,
-                        worker};
-  // A copy of the code serves as many phases as it can, so that all stay in the instruction cache.
-  if (worker) {
-    Unit unit;
-    const char* const first_key =
-        FindUnit(self, FirstUnit(), &unit) ? FirstKey(self, unit) : nullptr;
-    int phase = kQkv;
-#pragma unroll 1
-    for (int layer = 0; layer <= plan.layers;) {
-      if (layer == plan.layers) phase = kHead;
-      const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer);
-      if (phase == kAttention) {
-        WorkOnAttention<W>(self, first_key, layer);
-      } else if (phase == kOut && plan.hidden <= kChunk) {
-        WorkOnProduct<W, kRows, false, true>(self, phase, layer, epoch + 1u);
-      } else if (phase == kOut || phase == kDown) {
-        WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
-      } else {
-        if (phase == kQkv) PrefetchUnit(self, unit, first_key, layer);
-        if (plan.hidden <= kChunk) {
-          WorkOnProduct<W, kRows, true, true>(self, phase, layer, epoch + (phase == kIn ? 1u : 0u));
-        } else {
-          WorkOnProduct<W, kRows, true, false>(self, phase, layer,
-                                               epoch + (phase == kIn ? 1u : 0u));
-        }
-      }
-      if (++phase >= kHead) {
-        phase = kQkv;
-        ++layer;
-      }
-    }
+  if (ActiveRows(shared) == 0) {
+    if (plan.chooses == 0) return;
+    if (warp == kWarps) ReportNone<kRows>();
+    if (thread == 0) CountStep(plan, shared.epoch, shared.step);
     return;
   }
-  float residual[Threads<kRows>::kOutputs];
-  Embed<W>(self, residual);
+  if (warp >= kWarps) {
+    Thread<kRows> self = ThisThread<kRows>(plan, Role::kFinisher);
+    float residual[Threads<kRows>::kOutputs];
+    Embed<W>(self, residual);
 #pragma unroll 1
-  for (int layer = 0; layer < plan.layers; ++layer) {
+    for (int layer = 0; layer < plan.layers; ++layer) {
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      FinishProduct<W, kRows, true>(self, half == 0 ? kQkv : kIn, layer, residual);
-      if (half == 0) FinishAttention<W>(self, layer);
-      FinishProduct<W, kRows, false>(self, half == 0 ? kOut : kDown, layer, residual);
+      for (int half = 0; half < 2; ++half) {
+        FinishProduct<W, kRows, true>(self, half == 0 ? kQkv : kIn, layer, residual);
+        if (half == 0) FinishAttention<W>(self, layer);
+        FinishProduct<W, kRows, false>(self, half == 0 ? kOut : kDown, layer, residual);
+      }
+    }
+    LetNextGridStart();
+    FinishProduct<W, kRows, true>(self, kHead, plan.layers, residual);
+    if (plan.chooses != 0) ChooseTokens<kRows>(Role::kFinisher);
+    return;
+  }
+  Thread<kRows> self = ThisThread<kRows>(plan, Role::kWorker);
+  Unit unit;
+  const char* const first_key = FindUnit(self, FirstUnit(), &unit) ? FirstKey(self, unit) : nullptr;
+  // A copy of the code serves as many phases as it can, so that all stay in the instruction cache.
+  int phase = kQkv;
+#pragma unroll 1
+  for (int layer = 0; layer <= plan.layers;) {
+    if (layer == plan.layers) phase = kHead;
+    const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer);
+    if (phase == kAttention) {
+      WorkOnAttention<W>(self, first_key, layer);
+    } else if (phase == kOut && plan.hidden <= kChunk) {
+      WorkOnProduct<W, kRows, false, true>(self, phase, layer, epoch + 1u);
+    } else if (phase == kOut || phase == kDown) {
+      WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
+    } else {
+      if (phase == kQkv) PrefetchUnit(self, unit, first_key, layer);
+      const uint32_t inputs = epoch + (phase == kIn ? 1u : 0u);
+      if (plan.hidden <= kChunk) {
+        WorkOnProduct<W, kRows, true, true>(self, phase, layer, inputs);
+      } else {
+        WorkOnProduct<W, kRows, true, false>(self, phase, layer, inputs);
+      }
+    }
+    if (++phase >= kHead) {
+      phase = kQkv;
+      ++layer;
     }
   }
-  LetNextGridStart();
-  FinishProduct<W, kRows, true>(self, kHead, plan.layers, residual);
-  if (self.thread == 0) CountStep(plan, self.epoch);
+  // While the finishers end the step.
+  if (thread == 0) CountStep(plan, shared.epoch, shared.step);
 #endif
 }
 
@@ -276,7 +180,8 @@ Product MakeProduct(const PersistentProduct& from, DType dtype, int32_t in, int3
 
 // Places of the exchange, in pieces.
 struct Places {
-  int32_t state, input, after_attention, qkv, split_values, split_stats, attended, wide, end;
+  int32_t state, input, after_attention, qkv, split_values, split_stats, attended, wide, bests,
+      sums, listed, end;
 };
 
 Places PlacesOf(const PersistentArgs& args) {
@@ -291,7 +196,11 @@ Places PlacesOf(const PersistentArgs& args) {
   p.split_stats = p.split_values + kMaxSplits * row;
   p.attended = p.split_stats + kMaxSplits * kPersistentRows * args.heads;
   p.wide = p.attended + row;
-  p.end = p.wide + kPersistentRows * args.intermediate / 4;
+  p.bests = p.wide + kPersistentRows * args.intermediate / 4;
+  p.sums = p.bests + kPersistentRows * kMaxBlocks;
+  p.listed = p.sums + 2 * kPersistentRows * kMaxBlocks * kMaxFinisherWarps;
+  p.end = p.listed +
+          kPersistentRows * kMaxBlocks * kMaxFinisherWarps * static_cast<int32_t>(kListedOfWarp);
   return p;
 }
 
@@ -309,7 +218,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   const int32_t h = args.hidden, wide = args.intermediate;
   const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   if (args.rows < 1 || args.rows > kPersistentRows || h <= 0 || args.layers <= 0) return false;
-  if (args.dtype == DType::kFloat32) return false;
+  if (args.dtype == DType::kFloat32 || blocks > kMaxBlocks) return false;
   if (args.stamps != nullptr && FASTGEN_CUDA_STAMPS == 0) return false;
   const DType cache = args.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
   if (args.cache.dtype != cache || args.heads <= 0 || h % args.heads != 0) return false;
@@ -381,6 +290,18 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   plan->slots_of_rows = args.slots;
   plan->logits = args.logits;
   plan->ld = args.ld;
+  plan->chooses = args.choice != nullptr ? 1 : 0;
+  plan->bests = places.bests;
+  plan->sums = places.sums;
+  plan->listed = places.listed;
+  plan->scale = MassScaleOf(args.vocab);
+  if (args.choice != nullptr) plan->choice = *args.choice;
+  const Product& head = plan->products[kHead];
+  const int32_t head_tiles = head.tiles_each + (head.tiles_left > 0 ? 1 : 0);
+  const bool keeps = CeilOf(head_tiles, kRound) * kRound * kTile * rows <= kMostKept;
+  // Of many rows only where a warp is left to rehearse it.
+  const bool gains = rows <= 2 || plan->copiers == 1;
+  if (args.choice != nullptr && !(keeps && gains)) return false;
   plan->stamps = args.stamps;
   return true;
 }

@@ -1,6 +1,6 @@
-// A whole decode step of few rows as one kernel: every layer and the head, from tokens to logits. All
-// blocks stay on the device from the first layer to the last and hand activations to each other
-// through device memory, so that the stream of weights never stops.
+// A whole decode step of few rows as one kernel: every layer and the head, from tokens to logits or to the
+// next tokens. All blocks stay on the device from the first layer to the last and hand activations to each
+// other through device memory, so that the stream of weights never stops.
 #pragma once
 
 #include "cuda/types.h"
@@ -8,7 +8,10 @@
 namespace fastgen {
 namespace cuda {
 
+struct SampleArgs;
+
 constexpr int32_t kPersistentRows = 4;  // rows of a step at most
+constexpr int32_t kPersistentTopK = 8;  // tokens that a step draws from, at most
 
 // A product of a layer, [out, in] as types.h has it, rows without gaps. Where the input is normed,
 // with w the norm's weight and b its bias:
@@ -40,6 +43,13 @@ struct PersistentArgs {
   int32_t rows = 0;
   float* logits = nullptr;  // [rows, ld]; nothing is written for a row without a token
   int64_t ld = 0;
+
+  // Where not null, read at launch: the step ends with what Sample (kernels.h) would do to its logits, the
+  // same bits, for rows that take the best token or draw from top_k < vocab of at most kPersistentTopK, and
+  // whose logits nothing changes. row_list, slots and rows are those of the step, logits are not read.
+  // Not supported for vocabularies that the blocks cannot keep, nor for 3 and 4 rows where all warps are
+  // busy: there the sampling kernel is as fast.
+  const SampleArgs* choice = nullptr;
 
   // What the blocks exchange, PersistentExchangeBytes(), zero before the first step. Every number in
   // it is marked with the epoch it belongs to, which the steps themselves count: after

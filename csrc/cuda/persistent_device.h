@@ -29,8 +29,10 @@
 
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/persistent.h"
+#include "cuda/sample_group.h"
 
 namespace fastgen {
 namespace cuda {
@@ -49,6 +51,7 @@ constexpr int kRound = 4;               // tiles of a group, at most
 constexpr int kMaxStages = 40;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
 constexpr int kMaxHeadSize = 128;
+constexpr int kMaxBlocks = 256;
 // Pieces from a tile's two to the next tile's in the places of the residual stream. A block has one tile
 // there most of the time, and what several write to a line and all read meanwhile is slow.
 constexpr int kTileStride = 4;
@@ -62,6 +65,12 @@ struct Threads {
   static constexpr int kStreamers = kRows == 1 ? 96 : 64;
   static constexpr int kCount = kWorkers + kFinishers + kStreamers;
 };
+
+constexpr int kMaxFinisherWarps = 2;
+// Where the step chooses tokens: outputs of the head that a block keeps, and tokens of a row that a warp
+// lists.
+constexpr int kMostKept = 2 * kWarps * kMaxHeadSize;
+constexpr uint32_t kListedOfWarp = 8;
 
 enum Phase : int32_t { kQkv, kAttention, kOut, kIn, kDown, kHead, kPhases };
 
@@ -168,6 +177,11 @@ struct Plan {
   const Slot* slots_of_rows;
   float* logits;
   int64_t ld;
+  // Whether the step ends with the tokens, by `choice`; and pieces where begin the best of rows and blocks,
+  // and sums of exponentials and listed tokens of rows, blocks and warps.
+  int32_t chooses, bests, sums, listed;
+  MassScale scale;
+  SampleArgs choice;
   int64_t* stamps;
 };
 
@@ -194,6 +208,73 @@ struct alignas(16) Work {
   int32_t pitch, scale_pitch;  // bytes from row to row in a stage
 };
 
+// The largest output of a row, and of equal ones the first: as numbers that a maximum orders so.
+struct BestOutput {
+  uint32_t order;  // 0: none but NaN, which is token 0
+  uint32_t first;  // ~token
+  uint32_t any_nan;
+
+#if FASTGEN_ARCH_HAS_PERSISTENT
+  // Outputs come in ascending `token`.
+  __device__ __forceinline__ void See(float logit, int token) {
+    if (logit != logit) {
+      any_nan = 1;
+    } else if (OrderOf(logit) > order) {
+      order = OrderOf(logit);
+      first = ~static_cast<uint32_t>(token);
+    }
+  }
+  __device__ __forceinline__ void Merge(const BestOutput& other) {
+    any_nan |= other.any_nan;
+    if (other.order < order || (other.order == order && other.first <= first)) return;
+    order = other.order;
+    first = other.first;
+  }
+  __device__ __forceinline__ int32_t Token() const {
+    return order == 0 ? 0 : static_cast<int32_t>(~first);
+  }
+  __device__ __forceinline__ float Logit() const {
+    return order == 0 ? __int_as_float(0x7fc00000) : LogitOf(order);
+  }
+  __device__ __forceinline__ float Largest() const {
+    return order == 0 ? __int_as_float(static_cast<int>(0xff800000u)) : LogitOf(order);
+  }
+  // Whether exponentials make a distribution.
+  __device__ __forceinline__ bool IsDistribution(float temperature) const {
+    const float largest = Largest();
+    const float scaled = temperature == 1.0f ? largest : largest / temperature;
+    return any_nan == 0 && fabsf(largest) <= FLT_MAX && fabsf(scaled) <= FLT_MAX;
+  }
+#endif
+};
+
+// What a row's token is chosen by.
+struct RowChoice {
+  int32_t few;  // top-k of a draw; 0: the best is taken
+  int32_t slot_index;
+  Slot slot;  // before the step
+};
+
+// Tokens that may be drawn.
+constexpr uint32_t kMostListed = 64;
+struct DrawSpace {
+  Candidate few[kMostListed];
+  uint64_t kept[kMostListed];
+  float logits[kMostListed];
+  uint32_t probs[kMostListed];  // bits
+};
+
+// What the choice finds out on the way.
+template <int kRows>
+struct ChoiceSpace {
+  BestOutput bests[kMaxFinisherWarps][kRows];  // of a warp
+  BestOutput best[kRows];                      // over all blocks
+  float listed_from[kRows];                    // logits that are listed, NaN: none
+  uint32_t listed[kMaxFinisherWarps][kRows];   // tokens of a warp
+  uint32_t num_listed;                         // of all warps, in the block that draws
+  DrawSpace draw;
+};
+
 // Shared memory besides activations and the ring, which follow. There are two buffers of what workers
 // leave for finishers.
 template <int kRows>
@@ -208,9 +289,13 @@ struct alignas(128) Shared {
   uint64_t empty[kMaxStages];
   uint64_t finished[2];             // the buffer may be written again
   uint8_t batch_of[2][kMaxStages];  // what each copying warp knows
-  int copied;  // layers whose first weights have been copied; one more: there is nothing to do
+  int copied;  // layers whose first weights have been copied; beyond, what became of the step
   RowState rows[kRows];
+  RowChoice choices[kRows];
+  ChoiceSpace<kRows> choice, rehearsal;
+  int32_t step;  // as the choice counts them
   uint32_t epoch;
+  Plan plan;  // for what is a function of its own
 };
 
 // Activations of a warp: lines of kSpan numbers of 16 bits. Of a chunk: a line for each row, or two,
@@ -294,7 +379,7 @@ __device__ __forceinline__ void WaitForPieces(uint4 (&pieces)[kCount], const At&
 }
 
 // Numbers of the block's barriers.
-enum Barrier : int32_t { kAll, kReaders, kStarted, kFirstBuffer };
+enum Barrier : int32_t { kAll, kReaders, kStarted, kFirstBuffer, kSecondBuffer, kChoosers };
 
 // ---- a worker's or finisher's thread ---------------------------------------------------------------
 
@@ -318,6 +403,8 @@ __device__ __forceinline__ int OutputOf(const Product& product, int tile) {
   return (rank * product.tiles_each + min(rank, product.tiles_left) + tile) * kTile;
 }
 
+enum class Role : int32_t { kWorker, kFinisher, kPrefetcher };
+
 // A worker counts from 0, and so does a finisher.
 template <int kRows>
 struct Thread {
@@ -328,7 +415,7 @@ struct Thread {
   int thread, warp, lane;
   uint32_t active;  // bit r: row r has a token
   uint32_t epoch;   // of the inputs of the first layer
-  bool worker;
+  Role role;
   int buffer = 0;              // that comes next
   uint32_t buffer_parity = 0;  // of `finished`, once both have been used
   // Of the ring: the stage and the batch that come next.
@@ -362,7 +449,7 @@ struct Thread {
   // Workers: after that. Finishers: waits for the workers.
   __device__ __forceinline__ void PassBuffer() {
     constexpr int kAll = kWorkers + Threads<kRows>::kFinishers;
-    if (worker) {
+    if (role == Role::kWorker) {
       ArriveAt<kAll>(kFirstBuffer + buffer);
       NextBuffer();
     } else {
@@ -382,6 +469,43 @@ struct Thread {
     buffer ^= 1;
   }
 };
+
+template <int kRows>
+__device__ __forceinline__ uint32_t ActiveRows(const Shared<kRows>& shared) {
+  uint32_t active = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) active |= (shared.rows[r].position >= 0 ? 1u : 0u) << r;
+  return active;
+}
+
+// The shared memory of a block: Shared, the activations of its warps, the ring.
+extern __shared__ __align__(128) char block_memory[];
+
+template <int kRows>
+__device__ __forceinline__ Shared<kRows>& SharedOfBlock() {
+  return *reinterpret_cast<Shared<kRows>*>(block_memory);
+}
+
+// The calling thread, when the step has been read.
+template <int kRows>
+__device__ __forceinline__ Thread<kRows> ThisThread(const Plan& plan, Role role) {
+  Shared<kRows>& shared = SharedOfBlock<kRows>();
+  char* const activations = block_memory + sizeof(Shared<kRows>);
+  const int first = role == Role::kWorker     ? 0
+                    : role == Role::kFinisher ? kWorkers
+                                              : static_cast<int>(threadIdx.x) / 32 * 32;
+  const int thread = static_cast<int>(threadIdx.x) - first;
+  return {plan,
+          shared,
+          activations + thread / 32 * plan.lines * Activations<kRows>::kBytes,
+          activations + plan.lines * Activations<kRows>::kWarpsBytes,
+          thread,
+          thread / 32,
+          thread % 32,
+          ActiveRows(shared),
+          shared.epoch,
+          role};
+}
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 

@@ -1,6 +1,7 @@
 // The finishers' side of a product: sums of the workers to outputs, and those to the exchange.
 #pragma once
 
+#include "cuda/persistent_choice.h"
 #include "cuda/persistent_device.h"
 #include "cuda/persistent_norm.h"
 
@@ -93,6 +94,7 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
       y += bias[i];
       if (head) {
         if (output.own) plan.logits[output.row * plan.ld + output.n] = y;
+        if (plan.chooses != 0) Keep(self, group / kRound * kOutputs + i, y, output.own);
         continue;
       }
       uint4* to = plan.exchange + product.target;

@@ -10,14 +10,6 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-template <int kRows>
-__device__ __forceinline__ uint32_t ActiveRows(const Shared<kRows>& shared) {
-  uint32_t active = 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) active |= (shared.rows[r].position >= 0 ? 1u : 0u) << r;
-  return active;
-}
-
 // Bytes from row to row in a stage: whole rows lie as they do in the matrix.
 template <typename W>
 __device__ __forceinline__ int PitchOf(const Product& product) {
@@ -27,6 +19,9 @@ template <typename W>
 __device__ __forceinline__ int ScalePitchOf(const Product& product) {
   return product.chunks == 1 ? static_cast<int>(product.scale_bytes) : Stage<W>::kScaleBytes;
 }
+
+// What the first copying warp tells the prefetching one, beyond a step's layers.
+enum Beyond : int { kNothing = 1, kHeadBegins = 2 };
 
 // One of the warps that copy weights, in the order in which workers take them. All go through all
 // stages; each copies its own. They fill the ring before they know whether there is anything to do.
@@ -48,15 +43,16 @@ class Streamer {
       const bool head = phase == kHead;
       if (!Stream(plan_.products[phase], head ? 0 : layer * plan_.layer_bytes,
                   head || plan_.hurry != 0)) {
-        TellPrefetcher(plan_.layers + 1);
+        TellPrefetcher(plan_.layers + kNothing);
         return;
       }
       if (head) break;
       if (phase == kQkv) TellPrefetcher(layer + 1);
       phase = phase == kQkv ? kOut : phase + 1;
       if (phase == kHead && ++layer < plan_.layers) phase = kQkv;
+      if (phase == kHead && started_) TellPrefetcher(plan_.layers + kHeadBegins);
     }
-    if (!started_) Start();
+    TellPrefetcher(plan_.layers + (started_ || Start() ? kHeadBegins : kNothing));
   }
 
  private:
@@ -161,36 +157,43 @@ class Streamer {
 };
 
 // The warp that brings a layer's weights into the L2 cache while the layer before is worked on: weights
-// without scales, of which the ring holds a layer.
+// without scales, of which the ring holds a layer. For others it only waits for the head.
 template <int kRows>
 class Prefetcher {
  public:
   __device__ __forceinline__ Prefetcher(const Plan& plan, Shared<kRows>& shared)
       : plan_(plan), shared_(shared), lane_(threadIdx.x % 32) {}
 
-  __device__ __forceinline__ void Run() {
+  // Until the head begins; false where there is nothing to do.
+  __device__ __forceinline__ bool Run() {
+    if (plan_.hurry == 0) {
 #pragma unroll 1
-    for (int layer = 1; layer <= plan_.layers; ++layer) {
-      int copied = 0;
-      for (;;) {
-        copied = *static_cast<volatile int*>(&shared_.copied);
-        if (copied >= layer) break;
-        __nanosleep(100);
-      }
-      if (copied > plan_.layers) return;
-      if (layer == plan_.layers) break;
+      for (int layer = 1; layer <= plan_.layers; ++layer) {
+        if (WaitFor(layer) == plan_.layers + kNothing) return false;
+        if (layer == plan_.layers) break;
 #pragma unroll 1
-      for (int phase = kQkv; phase < kHead; ++phase) {
-        const Product& product = plan_.products[phase];
-        if (phase != kAttention) Prefetch(product, TilesOf(product), layer * plan_.layer_bytes);
+        for (int phase = kQkv; phase < kHead; ++phase) {
+          const Product& product = plan_.products[phase];
+          if (phase != kAttention) Prefetch(product, TilesOf(product), layer * plan_.layer_bytes);
+        }
       }
+      // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
+      const Product& head = plan_.products[kHead];
+      Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
     }
-    // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
-    const Product& head = plan_.products[kHead];
-    Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
+    const int last = WaitFor(plan_.layers + kNothing);
+    __threadfence_block();  // what the copying warp has seen of the step
+    return last >= plan_.layers + kHeadBegins;
   }
 
  private:
+  // Until so many have been copied; what has been told then.
+  __device__ __forceinline__ int WaitFor(int copied) const {
+    int told;
+    while ((told = *static_cast<volatile int*>(&shared_.copied)) < copied) __nanosleep(100);
+    return told;
+  }
+
   __device__ __forceinline__ void Prefetch(const Product& product, int tiles, int64_t behind) {
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {

@@ -108,11 +108,17 @@ constexpr engine::DevicePlugin kPlugin = {
 }  // namespace
 }  // namespace fastgen::cuda
 
-// For tests: 0, steps run as the device decides; 1, few rows run as many do. Returns how many steps were
-// launched as one kernel so far.
-extern "C" __attribute__((visibility("default"))) int64_t
-fastgen_cuda_test_step_policy(int policy) {
-  return fastgen::cuda::SetStepPolicy(static_cast<fastgen::cuda::StepPolicy>(policy));
+// For tests: how steps run from now on, a StepPolicy by number.
+extern "C" __attribute__((visibility("default"))) void fastgen_cuda_test_step_policy(int policy) {
+  fastgen::cuda::SetStepPolicy(static_cast<fastgen::cuda::StepPolicy>(policy));
+}
+
+// For tests: steps so far that were one kernel, and those that chose tokens in it.
+extern "C" __attribute__((visibility("default"))) void fastgen_cuda_test_steps(int64_t* one_kernel,
+                                                                               int64_t* choosing) {
+  const fastgen::cuda::StepCounts counts = fastgen::cuda::CountSteps();
+  *one_kernel = counts.one_kernel;
+  *choosing = counts.choosing;
 }
 
 extern "C" __attribute__((visibility("default"))) const fastgen::engine::DevicePlugin*

@@ -1,70 +1,16 @@
 // From logits to tokens. A cluster of blocks works on a row where there are clusters, else a block.
 // No result depends on how the row is divided: maxima and sums are of whole numbers.
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/sample_filter.h"
+#include "cuda/sample_report.h"
 #include "cuda/sample_softmax.h"
 
 namespace fastgen {
 namespace cuda {
 namespace {
-
-// In one thread of a row; the token is -1 where there is none.
-struct Chosen {
-  int32_t token;
-  float score;
-};
-
-// Says what a row came to, by one thread; the last row of the step counts the step.
-__device__ void Report(const SampleArgs& args, int32_t row, int32_t step, const Chosen& chosen,
-                       int32_t finished) {
-  auto* const arrived = static_cast<int32_t*>(args.workspace);
-  const bool last = atomicAdd(arrived, 1) == args.rows - 1;
-  const auto place = static_cast<int64_t>(step % args.result_steps) * args.result_rows + row;
-  StepResult* const result = args.results + place;
-#if FASTGEN_ARCH_HAS_EXCHANGE && CUDART_VERSION >= 12030
-  // All of it in one store, so that `ready` is not there without the rest.
-  asm volatile(
-      "{\n"
-      ".reg .b64 low, high;\n"
-      ".reg .b128 whole;\n"
-      "mov.b64 low, {%1, %2};\n"
-      "mov.b64 high, {%3, %4};\n"
-      "mov.b128 whole, {low, high};\n"
-      "st.relaxed.sys.global.b128 [%0], whole;\n"
-      "}\n" ::"l"(result),
-      "r"(chosen.token), "f"(chosen.score), "r"(finished), "r"(step + 1)
-      : "memory");
-#else
-  volatile StepResult* const fields = result;
-  fields->token = chosen.token;
-  fields->score = chosen.score;
-  fields->finished = finished;
-  __threadfence_system();
-  fields->ready = step + 1;
-#endif
-  if (last) {
-    *arrived = 0;
-    *args.step = step + 1;
-  }
-}
-
-// Appends a token to the row's sequence; returns whether that ends it.
-__device__ int32_t Append(const SampleArgs& args, const Slot& before, int32_t slot_index,
-                          int32_t token) {
-  Slot* const slot = args.slots + slot_index;
-  const int32_t new_tokens = before.length - before.prompt_length;
-  const int32_t finished =
-      token == before.sampling.eos_token_id || new_tokens + 1 >= before.sampling.max_length;
-  before.tokens[before.length] = token;
-  slot->length = before.length + 1;
-  slot->finished = finished;
-  return finished;
-}
 
 // What no kernel writes of a row's slot, by one warp, before the kernels before have ended. Past
 // the first-level cache, where the rest of the line would be found stale afterwards.
@@ -91,6 +37,14 @@ __device__ void LoadState(const SampleArgs& args, int lane, Shared* s) {
   if (s->slot_index < 0) return;
   s->slot.length = __ldcg(&args.slots[s->slot_index].length);
   s->slot.finished = __ldcg(&args.slots[s->slot_index].finished);
+}
+
+// The last row of the step counts the step.
+__device__ void CountRow(const SampleArgs& args, int32_t step) {
+  auto* const arrived = static_cast<int32_t*>(args.workspace);
+  if (atomicAdd(arrived, 1) != args.rows - 1) return;
+  *arrived = 0;
+  *args.step = step + 1;
 }
 
 // Of processed logits, by s.slot's options. `seen` is what the thread has seen of its share.
@@ -338,8 +292,12 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) SampleKernel(const 
                                                 work.scale, copy.seen, sharing);
   }
   int32_t finished = 1;
-  if (chosen.token >= 0) finished = Append(args, s.slot, s.slot_index, chosen.token);
+  if (chosen.token >= 0) {
+    finished = Ends(s.slot, chosen.token) ? 1 : 0;
+    Append(args, s.slot, s.slot_index, chosen.token, finished);
+  }
   if (chosen.token >= 0 || (idle && part == 0 && group.thread == 0)) {
+    CountRow(args, s.step);
     Report(args, row, s.step, chosen, finished);
   }
 }
@@ -387,11 +345,7 @@ size_t SampleWorkspaceBytes(int32_t /*rows*/, int32_t /*vocab*/) { return 16; }
 
 cudaError_t Sample(const SampleArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  // A sum of `vocab` masses stays below 2^63.
-  MassScale scale = {0.0f, 62};
-  for (int64_t largest = 1; largest < args.vocab; largest *= 2) --scale.bits;
-  scale.bits = std::min(scale.bits, 46);
-  scale.factor = std::ldexp(1.0f, scale.bits);
+  const MassScale scale = MassScaleOf(args.vocab);
 
 #if FASTGEN_CUDA_HAS_EXCHANGE
   DeviceLimits limits;

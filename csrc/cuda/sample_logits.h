@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/arch.h"
@@ -145,6 +146,15 @@ struct MassScale {
   float factor;  // 2^bits
   int32_t bits;
 };
+
+// A sum of `vocab` masses stays below 2^63.
+inline MassScale MassScaleOf(int32_t vocab) {
+  MassScale scale = {0.0f, 62};
+  for (int64_t largest = 1; largest < vocab; largest *= 2) --scale.bits;
+  if (scale.bits > 46) scale.bits = 46;
+  scale.factor = std::ldexp(1.0f, scale.bits);
+  return scale;
+}
 
 // A mass in two parts, high * 2^-23 + low * 2^-bits: sums of some need no 64 bits.
 struct MassParts {

@@ -1,12 +1,13 @@
 """Times decode steps as one kernel on random weights, and says where their time goes.
 
 python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile]
-                                      [--stamps FILE]
+                                      [--choice none,step,apart] [--stamps FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 from pathlib import Path
@@ -29,13 +30,31 @@ SHAPES = {
 VOCAB = 50257
 PHASES = ("qkv", "attention", "out", "ff in", "ff out")
 STAMPS = ("begin", "weights", "inputs", "products", "sums", "end")
+CHOICES = ("none", "step", "apart")
+STEPS_AHEAD = 64  # that sequences have room for
 
 
 class Steps:
-    """A network of random weights, and sequences in the middle of their generation."""
+    """A network of random weights, and sequences in the middle of their generation.
 
-    def __init__(self, library: ops.Library, shape: str, rows: int, context: int) -> None:
-        self.library = library
+    Args:
+        library: the kernels' launchers.
+        shape: of SHAPES.
+        rows: sequences.
+        context: tokens of each.
+        choice: ``none``, steps end with logits and all are the same one; ``step``, they choose
+            tokens; ``apart``, the sampling kernel does.
+    """
+
+    def __init__(
+        self,
+        library: ops.Library,
+        shape: str,
+        rows: int,
+        context: int,
+        choice: str = "none",
+    ) -> None:
+        self.library, self.choice = library, choice
         layers, hidden, heads = SHAPES[shape]
         wide, size = 4 * hidden, hidden // heads
         self.keep: list[torch.Tensor] = []
@@ -84,18 +103,32 @@ class Steps:
         ones = self.tensor(torch.ones(hidden))
 
         cache = ops.CacheLayout(ops.FLOAT16, layers, heads, size, size)
-        pages = (context + ops.PAGE - 1) // ops.PAGE
+        pages = (context + STEPS_AHEAD + ops.PAGE - 1) // ops.PAGE
         page_items = 2 * layers * heads * ops.PAGE * size
         slots = (ops.Slot * rows)()
         for row in range(rows):
             memory_of_row = self.tensor(torch.empty(pages, page_items, dtype=torch.float16))
             memory_of_row.normal_()
-            tokens = self.tensor(torch.randint(0, VOCAB, (context + 1,), dtype=torch.int32))
+            tokens = self.tensor(
+                torch.randint(0, VOCAB, (context + STEPS_AHEAD,), dtype=torch.int32)
+            )
             first = memory_of_row.data_ptr()
             table = self.tensor(
                 torch.tensor([first + 2 * page_items * i for i in range(pages)], dtype=torch.int64)
             )
-            slots[row].length = context
+            slots[row].length = slots[row].prompt_length = context
+            slots[row].sampling = ops.SamplingParams(
+                sample=1,
+                max_length=STEPS_AHEAD,
+                top_k=4,
+                top_p=1.0,
+                temperature=1.0,
+                repetition_penalty=1.0,
+                eos_token_id=-1,
+                forced_bos_token_id=-1,
+                forced_eos_token_id=-1,
+                sequence=row,
+            )
             slots[row].tokens = tokens.data_ptr()
             slots[row].pages = table.data_ptr()
         row_list = (ops.Row * rows)(*[ops.Row(row, -1) for row in range(rows)])
@@ -147,6 +180,30 @@ class Steps:
             torch.zeros(library.persistent_exchange(self.args), dtype=torch.uint8)
         )
         self.args.exchange = exchange.data_ptr()
+        self._slots = next(t for t in self.keep if t.data_ptr() == self.args.slots)
+        self._first_slots = self._slots.clone()
+        self._count = self.tensor(torch.zeros(1, dtype=torch.int32))
+        workspace = self.tensor(
+            torch.zeros(library.sample_workspace(rows, VOCAB), dtype=torch.uint8)
+        )
+        self._results = torch.zeros(8, rows, 4, dtype=torch.int32).pin_memory()
+        self._sample = ops.SampleArgs(
+            logits=self.args.logits,
+            ld=self.args.ld,
+            vocab=VOCAB,
+            row_list=self.args.row_list,
+            slots=self.args.slots,
+            rows=rows,
+            results=self._results.data_ptr(),
+            result_steps=8,
+            result_rows=rows,
+            step=self._count.data_ptr(),
+            workspace=workspace.data_ptr(),
+            overlap=True,
+        )
+        self.args.overlap = True
+        if choice == "step":
+            self.args.choice = ctypes.pointer(self._sample)
         self.cache_bytes = rows * context * 4 * layers * hidden
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
@@ -162,13 +219,20 @@ class Steps:
     def step(self) -> None:
         """Launches one."""
         self.library.launch("persistent_step", self.args)
+        if self.choice == "apart":
+            self.library.launch("sample", self._sample)
+
+    def begin(self) -> None:
+        """Sequences are as they were at first."""
+        self._slots.copy_(self._first_slots)
 
     def microseconds(self, steps: int = 20, rounds: int = 7) -> float:
         """Per step: the median of rounds."""
-        for _ in range(5):
-            self.step()
         times = []
-        for _ in range(rounds):
+        for _ in range(rounds + 1):
+            self.begin()
+            for _ in range(5):
+                self.step()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(steps):
@@ -177,7 +241,7 @@ class Steps:
             end.synchronize()
             times.append(1e3 * begin.elapsed_time(end) / steps)
         assert bool(torch.isfinite(self.logits[:, :VOCAB]).all())
-        return statistics.median(times)
+        return statistics.median(times[1:])
 
     def timeline(self, t: np.ndarray) -> None:
         """When the moments of a layer come: the chain of its phases."""
@@ -242,6 +306,9 @@ def main() -> None:
     parser.add_argument("--shape", default="medium", choices=list(SHAPES))
     parser.add_argument("--rows", default="1,2,4")
     parser.add_argument("--contexts", default="16,128,512,1024")
+    parser.add_argument(
+        "--choice", default="none", help="who chooses tokens: " + ", ".join(CHOICES)
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--stamps", help="write the last profile's [block, phase, stamp] here, .npy"
@@ -249,16 +316,22 @@ def main() -> None:
     options = parser.parse_args()
     library = ops.Library()
     for rows in map(int, options.rows.split(",")):
-        for context in map(int, options.contexts.split(",")):
+        cells = [
+            (int(context), choice)
+            for context in options.contexts.split(",")
+            for choice in options.choice.split(",")
+        ]
+        for context, choice in cells:
             torch.manual_seed(0)
-            steps = Steps(library, options.shape, rows, context)
+            steps = Steps(library, options.shape, rows, context, choice)
             if steps.blocks == 0:
                 print(f"{options.shape} rows {rows}: this device has no such steps")
                 continue
             us = steps.microseconds()
             total = steps.weight_bytes + steps.cache_bytes
             print(
-                f"{options.shape} rows {rows} context {context}: {us:.1f} us per step, "
+                f"{options.shape} rows {rows} context {context} choice {choice}: "
+                f"{us:.1f} us per step, "
                 f"{us / steps.layers:.2f} per layer with the head's share, "
                 f"{total / us * 1e-6:.2f} TB/s"
             )

@@ -284,6 +284,7 @@ class PersistentArgs(ctypes.Structure):
         ("rows", _i32),
         ("logits", _ptr),
         ("ld", _i64),
+        ("choice", ctypes.POINTER(SampleArgs)),
         ("exchange", _ptr),
         ("stamps", _ptr),
         ("overlap", ctypes.c_bool),

@@ -71,6 +71,29 @@ class Case:
         return process_logits(self.logits, self.history, self.prompt_length, self.options)
 
 
+def draw_logits(rng: np.random.Generator, vocab: int) -> Array:
+    """Logits of one of many kinds."""
+    kind = rng.integers(9)
+    values = rng.normal(size=vocab) * rng.choice([0.02, 1.0, 3.0, 10.0])
+    if kind == 0:
+        values = np.round(values * 2) / 2  # many ties
+    elif kind == 1:
+        values = np.full(vocab, values[0])
+    elif kind == 2:
+        values *= 1e4
+    elif kind == 3:
+        values[rng.random(vocab) < 0.9] = BANNED
+        values[rng.integers(vocab)] = 1.0
+    elif kind == 4:
+        values = -1.5 * np.log1p(rng.permutation(vocab)) - rng.random(vocab)  # as of a model
+    elif kind == 5:
+        values = 300.0 + values * 0.3
+    elif kind == 6:
+        values[rng.integers(vocab)] = -np.inf
+        values[rng.integers(vocab)] = 4.0
+    return values.astype(np.float32)
+
+
 def sampling(**options: Any) -> GenerationOptions:
     """Options of a draw from the whole distribution, but for what is given."""
     defaults = {"decode_strategy": "sampling", "top_k": 0, "eos_token_id": -1, "max_length": 64}
@@ -82,9 +105,18 @@ def _structures(items: Sequence[ctypes.Structure]) -> Buffer:
 
 
 class Rows:
-    """Cases in device memory. Slots lie in reverse order of the rows, as they may."""
+    """Cases in device memory. Slots lie in reverse order of the rows, as they may.
 
-    def __init__(self, cases: Sequence[Case], max_steps: int = 1, padding: int = 0) -> None:
+    Args:
+        cases: the rows.
+        max_steps: steps that there is room for.
+        padding: rows without a slot behind them.
+        pages: address of a table of the cache's pages, which all slots share.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], max_steps: int = 1, padding: int = 0, pages: int | None = None
+    ) -> None:
         self.cases, self.max_steps = cases, max_steps
         self.count = len(cases) + padding
         self.vocab = cases[0].logits.size
@@ -101,6 +133,7 @@ class Rows:
                 prompt_length=case.prompt_length,
                 finished=case.finished,
                 tokens=self.tokens.pointer + 4 * int(start),
+                pages=pages,
                 sampling=case.parameters(),
             )
             for start, case in zip(self.starts, cases)

@@ -8,19 +8,47 @@ from contextlib import contextmanager
 
 from fastgen import _capi
 
+AUTOMATIC, KERNELS, CHOICE_APART = range(3)  # StepPolicy of csrc/cuda/cuda_device.h
 
-def steps_as_one_kernel(policy: int = 0) -> int:
-    """How many steps ran as one kernel so far; sets how the next ones run."""
-    library = ctypes.CDLL(str(_capi.library_path().resolve().parent / "libfastgen_cuda.so"))
-    library.fastgen_cuda_test_step_policy.restype = ctypes.c_int64
-    return int(library.fastgen_cuda_test_step_policy(policy))
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_capi.library_path().resolve().parent / "libfastgen_cuda.so"))
+
+
+def _counts() -> tuple[int, int]:
+    one_kernel, choosing = ctypes.c_int64(), ctypes.c_int64()
+    _library().fastgen_cuda_test_steps(ctypes.byref(one_kernel), ctypes.byref(choosing))
+    return one_kernel.value, choosing.value
+
+
+def steps_as_one_kernel() -> int:
+    """How many steps ran as one kernel so far."""
+    return _counts()[0]
+
+
+def steps_that_chose() -> int:
+    """How many of these chose tokens in it."""
+    return _counts()[1]
+
+
+@contextmanager
+def _policy(policy: int) -> Iterator[None]:
+    _library().fastgen_cuda_test_step_policy(policy)
+    try:
+        yield
+    finally:
+        _library().fastgen_cuda_test_step_policy(AUTOMATIC)
 
 
 @contextmanager
 def kernels_only() -> Iterator[None]:
     """Steps of few rows run as those of many."""
-    steps_as_one_kernel(1)
-    try:
+    with _policy(KERNELS):
         yield
-    finally:
-        steps_as_one_kernel(0)
+
+
+@contextmanager
+def choice_apart() -> Iterator[None]:
+    """Tokens are chosen by a kernel of their own."""
+    with _policy(CHOICE_APART):
+        yield

@@ -11,33 +11,10 @@ from fastgen.options import GenerationOptions
 from fastgen.testing.sampling import BANNED, filter_probs, probabilities
 from tests.cuda import ops
 from tests.cuda.memory import Array
-from tests.cuda.sample_case import POISON, Case, Rows, compare, run, sampling
+from tests.cuda.sample_case import POISON, Case, Rows, compare, draw_logits, run, sampling
 
 VOCABS = [1, 2, 7, 250, 1000, 5003, 50257]
 GREEDY = GenerationOptions(decode_strategy="greedy_search", eos_token_id=-1, max_length=64)
-
-
-def draw_logits(rng: np.random.Generator, vocab: int) -> Array:
-    """Logits of one of many kinds."""
-    kind = rng.integers(9)
-    values = rng.normal(size=vocab) * rng.choice([0.02, 1.0, 3.0, 10.0])
-    if kind == 0:
-        values = np.round(values * 2) / 2  # many ties
-    elif kind == 1:
-        values = np.full(vocab, values[0])
-    elif kind == 2:
-        values *= 1e4
-    elif kind == 3:
-        values[rng.random(vocab) < 0.9] = BANNED
-        values[rng.integers(vocab)] = 1.0
-    elif kind == 4:
-        values = -1.5 * np.log1p(rng.permutation(vocab)) - rng.random(vocab)  # as of a model
-    elif kind == 5:
-        values = 300.0 + values * 0.3
-    elif kind == 6:
-        values[rng.integers(vocab)] = -np.inf
-        values[rng.integers(vocab)] = 4.0
-    return values.astype(np.float32)
 
 
 def draw_case(rng: np.random.Generator, vocab: int) -> Case:
