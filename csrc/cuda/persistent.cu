@@ -39,9 +39,6 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     BarrierInitDone();
     shared.copied = 0;
   }
-  for (int i = thread; i < static_cast<int>(sizeof(Plan) / sizeof(uint32_t)); i += kThreads) {
-    reinterpret_cast<uint32_t*>(&shared.plan)[i] = reinterpret_cast<const uint32_t*>(&plan)[i];
-  }
   for (int i = thread * 16; i < plan.clear; i += kThreads * 16) {
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   }
@@ -54,36 +51,40 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
       return;
     }
     ArriveAt<kThreads>(kStarted);
-    const bool goes_on = Prefetcher<kRows>(plan, shared).Run();
-    if (goes_on && plan.chooses != 0) ChooseTokens<kRows>(Role::kPrefetcher);
-    return;
-  }
-  WaitForGrid();
-  ReadStep<W>(plan, shared);
-  WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
-  ArriveAt<kThreads>(kStarted);
-  if (ActiveRows(shared) == 0) {
-    if (plan.chooses == 0) return;
-    if (warp == kWarps) ReportNone<kRows>();
-    if (thread == 0) CountStep(plan, shared.epoch, shared.step);
-    return;
+  } else {
+    WaitForGrid();
+    ReadStep<W>(plan, shared);
+    WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
+    ArriveAt<kThreads>(kStarted);
+    if (ActiveRows(shared) == 0) {
+      if (plan.chooses == 0) return;
+      if (warp == kWarps) ReportNone(plan, shared);
+      if (thread == 0) CountStep(plan, shared.epoch, shared.step);
+      return;
+    }
   }
   if (warp >= kWarps) {
-    Thread<kRows> self = ThisThread<kRows>(plan, Role::kFinisher);
-    float residual[Threads<kRows>::kOutputs];
-    Embed<W>(self, residual);
+    const bool finisher = warp < kWarps + kFinisherWarps;
+    if (finisher) {
+      Thread<kRows> self = ThisThread<kRows>(plan, Role::kFinisher);
+      float residual[Threads<kRows>::kOutputs];
+      Embed<W>(self, residual);
 #pragma unroll 1
-    for (int layer = 0; layer < plan.layers; ++layer) {
+      for (int layer = 0; layer < plan.layers; ++layer) {
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        FinishProduct<W, kRows, true>(self, half == 0 ? kQkv : kIn, layer, residual);
-        if (half == 0) FinishAttention<W>(self, layer);
-        FinishProduct<W, kRows, false>(self, half == 0 ? kOut : kDown, layer, residual);
+        for (int half = 0; half < 2; ++half) {
+          FinishProduct<W, kRows, true>(self, half == 0 ? kQkv : kIn, layer, residual);
+          if (half == 0) FinishAttention<W>(self, layer);
+          FinishProduct<W, kRows, false>(self, half == 0 ? kOut : kDown, layer, residual);
+        }
       }
+      LetNextGridStart();
+      FinishProduct<W, kRows, true>(self, kHead, plan.layers, residual);
+    } else if (!Prefetcher<kRows>(plan, shared).Run()) {
+      return;
     }
-    LetNextGridStart();
-    FinishProduct<W, kRows, true>(self, kHead, plan.layers, residual);
-    if (plan.chooses != 0) ChooseTokens<kRows>(Role::kFinisher);
+    if (plan.chooses == 0) return;
+    ChooseTokens<kRows>(plan, finisher ? Role::kFinisher : Role::kPrefetcher);
     return;
   }
   Thread<kRows> self = ThisThread<kRows>(plan, Role::kWorker);
@@ -233,8 +234,8 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   *plan = Plan();
   const auto product = [&](Phase phase, const PersistentProduct& from, int32_t in, int32_t out,
                            int32_t first) {
-    plan->products[phase] =
-        MakeProduct(from, args.dtype, in, out, blocks, first, StagesAtOnce(rows));
+    const int32_t round = StagesAtOnce(rows, false, phase == kOut && h <= kChunk);
+    plan->products[phase] = MakeProduct(from, args.dtype, in, out, blocks, first, round);
     return plan->products[phase].first + plan->products[phase].tiles_left;
   };
   // Where tiles do not come out even, others have one more in the next product. The two that add to

@@ -5,7 +5,7 @@
 // the unit that sees them writes them to the cache.
 #pragma once
 
-#include "cuda/persistent_device.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 

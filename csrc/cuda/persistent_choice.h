@@ -38,7 +38,9 @@ class Chooser {
  public:
   __device__ __forceinline__ explicit Chooser(const Thread<kRows>& self)
       : is_real_(self.role == Role::kFinisher),
-        space_(is_real_ ? self.shared.choice : self.shared.rehearsal) {
+        space_(is_real_ ? self.shared.choice : self.shared.rehearsal),
+        outputs_(is_real_ ? OutputsOf(self.shared) : reinterpret_cast<const float*>(&space_)) {
+    static_assert(sizeof(space_) >= kBatch * kFinishers * sizeof(float), "read, whatever it is");
     const int tiles = TilesOf(self.plan.products[kHead]);
     kept_ = is_real_ ? (tiles + kRound - 1) / kRound * kOutputs : kBatch;
   }
@@ -171,7 +173,7 @@ class Chooser {
   // visit(i, logits) of the thread's outputs from i on, four at a time; -inf for those that are none.
   template <typename Visit>
   __device__ __forceinline__ void ForEachFour(const Thread<kRows>& self, const Visit& visit) const {
-    const float* const from = OutputsOf(self.shared) + self.thread;
+    const float* const from = outputs_ + self.thread;
 #pragma unroll 1
     for (int i = 0; i < kept_; i += kBatch) {
       float logits[kBatch];
@@ -313,22 +315,21 @@ class Chooser {
 
   const bool is_real_;
   ChoiceSpace<kRows>& space_;
+  const float* const outputs_;
   BestOutput best_ = {0u, ~0u, 0u};
   int kept_;
 };
 
 // Ends a step, by all finishers.
 template <int kRows>
-__device__ __noinline__ void ChooseTokens(Role role) {
-  Thread<kRows> self = ThisThread<kRows>(SharedOfBlock<kRows>().plan, role);
+__device__ __forceinline__ void ChooseTokens(const Plan& plan, Role role) {
+  Thread<kRows> self = ThisThread<kRows>(plan, role);
   Chooser<kRows>(self).Run(self);
 }
 
 // Of a step in which no row has a token, by a warp.
 template <int kRows>
-__device__ __forceinline__ void ReportNone() {
-  const Shared<kRows>& shared = SharedOfBlock<kRows>();
-  const Plan& plan = shared.plan;
+__device__ __forceinline__ void ReportNone(const Plan& plan, const Shared<kRows>& shared) {
   for (int row = static_cast<int>(blockIdx.x); row < plan.rows;
        row += static_cast<int>(gridDim.x)) {
     if (threadIdx.x % 32 == 0) Report(plan.choice, row, shared.step, {-1, 0.0f}, 1);

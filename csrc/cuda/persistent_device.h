@@ -131,8 +131,11 @@ struct Held {
   uint4 fragments[4];
 };
 
-// Stages that a worker holds in registers.
-__host__ __device__ constexpr int StagesAtOnce(int rows) { return rows == 4 ? 2 : 4; }
+// Stages that a worker holds in registers. Attention's output has a stage or two in a block where its
+// inputs are one chunk: code for more would be slower, and take more of the instruction cache.
+__host__ __device__ constexpr int StagesAtOnce(int rows, bool normed, bool one_chunk) {
+  return !normed && one_chunk ? 1 : rows == 4 ? 2 : 4;
+}
 
 // A product: its outputs are cut into tiles, which the blocks share from block `first` on; its columns
 // into chunks. A tile's part of a chunk is a stage of the ring of weights.
@@ -281,6 +284,7 @@ template <int kRows>
 struct alignas(128) Shared {
   float partial[2][kRound * kRows * kTile][Partial<kRows>::kStride];
   float4 norm[2][kRows][kWarps / 2];  // of two warps: StoreNorm's sum and squared distances
+  float2 columns[kWarps];             // of normed rows, that a warp sees: ColumnsOfWarp
   float attended[2][kWarps][kMaxHeadSize];
   alignas(16) float2 attention_stats[2][kWarps];  // maximum and sum
   Work work[kPhases];
@@ -295,7 +299,6 @@ struct alignas(128) Shared {
   ChoiceSpace<kRows> choice, rehearsal;
   int32_t step;  // as the choice counts them
   uint32_t epoch;
-  Plan plan;  // for what is a function of its own
 };
 
 // Activations of a warp: lines of kSpan numbers of 16 bits. Of a chunk: a line for each row, or two,
@@ -306,208 +309,6 @@ struct Activations {
   static constexpr int kBytes = kRows * kLine;         // a line for each row
   static constexpr int kWarpsBytes = kWarps * kBytes;  // of all warps
 };
-
-#if FASTGEN_ARCH_HAS_PERSISTENT
-
-// ---- pieces of the exchange -----------------------------------------------------------------------
-
-// To 16 significant bits, in the upper 24.
-__device__ __forceinline__ uint32_t Round24(float x) {
-  return x == x ? __float_as_uint(x) + 0x80u : 0x7fc00000u;
-}
-
-__device__ __forceinline__ uint4 PackPiece(float a, float b, float c, float d, uint32_t epoch) {
-  const uint32_t i = Round24(a), j = Round24(b), k = Round24(c), l = Round24(d);
-  return make_uint4(__byte_perm(i, j, 0x5321), __byte_perm(j, k, 0x6532), __byte_perm(k, l, 0x7653),
-                    epoch);
-}
-
-__device__ __forceinline__ void UnpackPiece(const uint4& piece, float* x) {
-  x[0] = __uint_as_float(piece.x << 8);
-  x[1] = __uint_as_float(__byte_perm(piece.x, piece.y, 0x5430) & 0xffffff00u);
-  x[2] = __uint_as_float(__byte_perm(piece.y, piece.z, 0x4320) & 0xffffff00u);
-  x[3] = __uint_as_float(piece.z & 0xffffff00u);
-}
-
-// The piece of number n of a row of the residual stream.
-__device__ __forceinline__ int ResidualPiece(int n) { return n / kTile * kTileStride + n / 4 % 2; }
-
-// Four neighbouring lanes hold four numbers; the first of them writes the piece, if it shall.
-__device__ __forceinline__ void Publish(uint4* to, float x, uint32_t epoch, bool shall) {
-  const float b = __shfl_down_sync(0xffffffffu, x, 1);
-  const float c = __shfl_down_sync(0xffffffffu, x, 2);
-  const float d = __shfl_down_sync(0xffffffffu, x, 3);
-  if (shall) StoreWhole(to, PackPiece(x, b, c, d, epoch));
-}
-
-// The same, as the numbers of 16 bits that are multiplied: what the next product takes as it is.
-template <typename W>
-__device__ __forceinline__ void PublishStaged(uint4* to, float x, uint32_t epoch, bool shall) {
-  x *= 1.0f / W::kUnit;
-  const uint32_t pair =
-      RoundPairFinite<typename W::Element>(x, __shfl_down_sync(0xffffffffu, x, 1));
-  const uint32_t next = __shfl_down_sync(0xffffffffu, pair, 2);
-  if (shall) StoreWhole(to, make_uint4(pair, next, 0, epoch));
-}
-
-// The last two numbers of such a piece. The zeros are looked at because what nobody looks at would not
-// be loaded, and the 16 bytes have to be read as one.
-__device__ __forceinline__ uint32_t SecondPair(const uint4& piece) { return piece.y | piece.z; }
-
-// A piece on its way, or zeros that have arrived where none is wanted.
-__device__ __forceinline__ uint4 AskForPiece(const uint4* from, uint32_t epoch, bool wanted) {
-  uint4 piece = make_uint4(0, 0, 0, epoch);
-  if (wanted) piece = LoadWhole(from);
-  return piece;
-}
-
-// Asks again until all that the warp wants are of the epoch; piece i is at(i). The whole warp goes on at
-// once: lanes that went on by themselves would take the slow way through every exchange of lanes after.
-template <int kCount, typename At>
-__device__ __forceinline__ void WaitForPieces(uint4 (&pieces)[kCount], const At& at,
-                                              uint32_t epoch) {
-  for (;;) {
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) all = all && pieces[i].w == epoch;
-    if (__all_sync(0xffffffffu, all)) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (pieces[i].w != epoch) pieces[i] = LoadWhole(at(i));
-    }
-  }
-}
-
-// Numbers of the block's barriers.
-enum Barrier : int32_t { kAll, kReaders, kStarted, kFirstBuffer, kSecondBuffer, kChoosers };
-
-// ---- a worker's or finisher's thread ---------------------------------------------------------------
-
-template <typename T>
-__device__ __forceinline__ const T* Behind(const T* first, int64_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
-}
-
-// The block as the product deals its tiles, and how many it has.
-__device__ __forceinline__ int RankOf(const Product& product) {
-  const int rank = static_cast<int>(blockIdx.x) - product.first;
-  return rank < 0 ? rank + static_cast<int>(gridDim.x) : rank;
-}
-__device__ __forceinline__ int TilesOf(const Product& product) {
-  return product.tiles_each + (RankOf(product) < product.tiles_left ? 1 : 0);
-}
-// The first output of the block's tile `tile`. Tiles of a block are neighbours: a block writes whole
-// lines of the exchange where it can.
-__device__ __forceinline__ int OutputOf(const Product& product, int tile) {
-  const int rank = RankOf(product);
-  return (rank * product.tiles_each + min(rank, product.tiles_left) + tile) * kTile;
-}
-
-enum class Role : int32_t { kWorker, kFinisher, kPrefetcher };
-
-// A worker counts from 0, and so does a finisher.
-template <int kRows>
-struct Thread {
-  const Plan& plan;
-  Shared<kRows>& shared;
-  char* activations;  // of the warp
-  const char* ring;
-  int thread, warp, lane;
-  uint32_t active;  // bit r: row r has a token
-  uint32_t epoch;   // of the inputs of the first layer
-  Role role;
-  int buffer = 0;              // that comes next
-  uint32_t buffer_parity = 0;  // of `finished`, once both have been used
-  // Of the ring: the stage and the batch that come next.
-  int stage = 0, batch = 0;
-  uint32_t batch_parity = 0;
-
-  __device__ __forceinline__ bool Active(int row) const { return (active >> row & 1u) != 0; }
-
-  // Once `value` is there.
-  __device__ __forceinline__ void StampNow(int phase, int layer, Stamp stamp,
-                                           float value = 0.0f) const {
-#if FASTGEN_CUDA_STAMPS
-    if (plan.stamps == nullptr || thread != 0) return;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * (5 * plan.layers + 1) +
-                          (phase == kHead ? 5 * plan.layers : 5 * layer + phase);
-    plan.stamps[index * static_cast<int64_t>(Stamp::kCount) + static_cast<int64_t>(stamp)] =
-        ClockAfter(value);
-#endif
-  }
-
-  // Hides from the compiler who the thread is, so that it does not keep what follows from it in
-  // registers from one phase to the next.
-  __device__ __forceinline__ void Forget() {
-    asm volatile("" : "+r"(thread), "+r"(lane), "+r"(warp));
-  }
-
-  // Workers: before they write to the buffer.
-  __device__ __forceinline__ void WaitForBuffer() const {
-    BarrierWait(shared.finished + buffer, buffer_parity ^ 1u);
-  }
-  // Workers: after that. Finishers: waits for the workers.
-  __device__ __forceinline__ void PassBuffer() {
-    constexpr int kAll = kWorkers + Threads<kRows>::kFinishers;
-    if (role == Role::kWorker) {
-      ArriveAt<kAll>(kFirstBuffer + buffer);
-      NextBuffer();
-    } else {
-      WaitAt<kAll>(kFirstBuffer + buffer);
-    }
-  }
-  // Finishers: after they have read all of it.
-  __device__ __forceinline__ void ReturnBuffer() {
-    __syncwarp();
-    if (lane == 0) BarrierArrive(shared.finished + buffer);
-    NextBuffer();
-  }
-
- private:
-  __device__ __forceinline__ void NextBuffer() {
-    buffer_parity ^= static_cast<uint32_t>(buffer);
-    buffer ^= 1;
-  }
-};
-
-template <int kRows>
-__device__ __forceinline__ uint32_t ActiveRows(const Shared<kRows>& shared) {
-  uint32_t active = 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) active |= (shared.rows[r].position >= 0 ? 1u : 0u) << r;
-  return active;
-}
-
-// The shared memory of a block: Shared, the activations of its warps, the ring.
-extern __shared__ __align__(128) char block_memory[];
-
-template <int kRows>
-__device__ __forceinline__ Shared<kRows>& SharedOfBlock() {
-  return *reinterpret_cast<Shared<kRows>*>(block_memory);
-}
-
-// The calling thread, when the step has been read.
-template <int kRows>
-__device__ __forceinline__ Thread<kRows> ThisThread(const Plan& plan, Role role) {
-  Shared<kRows>& shared = SharedOfBlock<kRows>();
-  char* const activations = block_memory + sizeof(Shared<kRows>);
-  const int first = role == Role::kWorker     ? 0
-                    : role == Role::kFinisher ? kWorkers
-                                              : static_cast<int>(threadIdx.x) / 32 * 32;
-  const int thread = static_cast<int>(threadIdx.x) - first;
-  return {plan,
-          shared,
-          activations + thread / 32 * plan.lines * Activations<kRows>::kBytes,
-          activations + plan.lines * Activations<kRows>::kWarpsBytes,
-          thread,
-          thread / 32,
-          thread % 32,
-          ActiveRows(shared),
-          shared.epoch,
-          role};
-}
-
-#endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
 }  // namespace persistent
 }  // namespace cuda

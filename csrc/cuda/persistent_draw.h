@@ -2,7 +2,7 @@
 // from all logits where equal ones are too many to be listed.
 #pragma once
 
-#include "cuda/persistent_device.h"
+#include "cuda/persistent_thread.h"
 #include "cuda/sample_report.h"
 #include "cuda/sample_softmax.h"
 

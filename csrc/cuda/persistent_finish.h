@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/persistent_choice.h"
-#include "cuda/persistent_device.h"
 #include "cuda/persistent_norm.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -49,6 +49,17 @@ __device__ __forceinline__ float SumOfParts(const float* from) {
                      : (sums[0] + sums[1]) + (sums[kCount - 2] + sums[kCount - 1]);
 }
 
+// What a finisher knows of an output before its sums are there, in registers: after that all others wait.
+struct Finish {
+  float bias, column_sum, factor;
+  char* to;
+  uint32_t own, shall;  // whether it is the thread's, and whether the thread writes
+
+  __device__ __forceinline__ void Pin() {
+    asm volatile("" : "+f"(factor), "+l"(to), "+r"(own), "+r"(shall));
+  }
+};
+
 template <typename W, int kRows, bool kNormed>
 __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, int layer,
                                               float (&residual)[Threads<kRows>::kOutputs]) {
@@ -60,19 +71,31 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
   const int64_t behind = head ? 0 : layer * plan.layer_bytes;
   const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
   NormResult norm = {0.0f, 1.0f};
-  const NormOfWarps norm_of_warps(product.in);
+  NormOfWarps norm_of_warps;
 #pragma unroll 1
   for (int group = 0; group < tiles; group += kRound) {
     const int group_tiles = min(kRound, tiles - group);
-    float bias[kOutputs], column_sum[kOutputs];
+    Finish finish[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
       const Output<kRows> output(self, product, group, group_tiles, i);
-      bias[i] = column_sum[i] = 0.0f;
-      if (!output.own) continue;
-      if (product.bias != nullptr) bias[i] = LoadNow(Behind(product.bias, behind) + output.n);
-      if (kNormed) column_sum[i] = LoadNow(Behind(product.sums, behind) + output.n);
+      finish[i].bias = finish[i].column_sum = 0.0f;
+      if (output.own) {
+        const float* const bias = product.bias;
+        if (bias != nullptr) finish[i].bias = LoadNow(Behind(bias, behind) + output.n);
+        if (kNormed) finish[i].column_sum = LoadNow(Behind(product.sums, behind) + output.n);
+      }
+      finish[i].factor = phase == kQkv && output.n < plan.hidden ? plan.query_scale : 1.0f;
+      finish[i].own = output.own ? 1 : 0;
+      finish[i].shall = output.own && self.lane % 4 == 0 ? 1 : 0;
+      const int at = output.row * product.out + output.n;
+      finish[i].to = head ? reinterpret_cast<char*>(plan.logits + output.row * plan.ld + output.n)
+                          : reinterpret_cast<char*>(plan.exchange + product.target +
+                                                    (kNormed ? at / 4 : ResidualPiece(at)));
     }
+    if (kNormed && group == 0) norm_of_warps.Prepare(self.shared, product.in);
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) finish[i].Pin();
     self.PassBuffer();
     float sums[kOutputs];
 #pragma unroll
@@ -83,31 +106,32 @@ __device__ __forceinline__ void FinishProduct(Thread<kRows>& self, int phase, in
     if (group == 0) self.StampNow(phase, layer, Stamp::kSums, sums[0]);
     // All outputs of a thread are of one row.
     static_assert(Threads<kRows>::kFinishers % (kTile * kRows) == 0, "whole tiles");
-    if (kNormed && group == 0) {
-      norm = norm_of_warps.Combine(self.shared, self.buffer, self.thread / kTile % kRows, plan.eps);
+    if (kNormed) {
+      // Without a branch, so that it goes on beside the sums; later groups have no other.
+      const NormResult here =
+          norm_of_warps.Combine(self.shared, self.buffer, self.thread / kTile % kRows, plan.eps);
+      norm.mean = group == 0 ? here.mean : norm.mean;
+      norm.scale = group == 0 ? here.scale : norm.scale;
     }
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      const Output<kRows> output(self, product, group, group_tiles, i);
       float y = sums[i];
-      if (kNormed) y = norm.scale * fmaf(-norm.mean, column_sum[i], y);
-      y += bias[i];
+      if (kNormed) y = norm.scale * fmaf(-norm.mean, finish[i].column_sum, y);
+      y += finish[i].bias;
       if (head) {
-        if (output.own) plan.logits[output.row * plan.ld + output.n] = y;
-        if (plan.chooses != 0) Keep(self, group / kRound * kOutputs + i, y, output.own);
+        if (finish[i].own != 0) *reinterpret_cast<float*>(finish[i].to) = y;
+        if (plan.chooses != 0) {
+          Keep(self, group / kRound * kOutputs + i, y, finish[i].own != 0);
+        }
         continue;
       }
-      uint4* to = plan.exchange + product.target;
-      const bool shall = output.own && self.lane % 4 == 0;
+      uint4* const to = reinterpret_cast<uint4*>(finish[i].to);
+      const bool shall = finish[i].shall != 0;
       if (!kNormed) {
-        to += ResidualPiece(output.row * product.out + output.n);
         residual[i] += y;
         Publish(to, residual[i], epoch, shall);
-        continue;
-      }
-      to += (output.row * product.out + output.n) / 4;
-      if (phase == kQkv) {
-        Publish(to, y * (output.n < plan.hidden ? plan.query_scale : 1.0f), epoch, shall);
+      } else if (phase == kQkv) {
+        Publish(to, y * finish[i].factor, epoch, shall);
       } else {
         PublishStaged<W>(to, Gelu(y), epoch, shall);
       }

@@ -8,7 +8,7 @@
 // upper 4 activation columns belong to them; with more rows, the next tile.
 #pragma once
 
-#include "cuda/persistent_device.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 

@@ -2,7 +2,7 @@
 // are needed at the end only, and travel with the sums of the warps.
 #pragma once
 
-#include "cuda/persistent_device.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -10,15 +10,12 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Columns of a row that a warp sees.
-__device__ __forceinline__ float ColumnsOfWarp(int in, int warp) {
+// Columns of a normed row that a warp sees, and 1 over them, or zeros.
+__device__ __forceinline__ float2 ColumnsOfWarp(int in, int warp) {
   const int whole = in / kChunk;
   const int rest = in - whole * kChunk - warp * kSpan;
-  return static_cast<float>(whole * kSpan + max(0, min(rest, kSpan)));
-}
-
-__device__ __forceinline__ float InverseOrZero(float n) {
-  return n > 0.0f ? __fdividef(1.0f, n) : 0.0f;
+  const auto columns = static_cast<float>(whole * kSpan + max(0, min(rest, kSpan)));
+  return make_float2(columns, columns > 0.0f ? __fdividef(1.0f, columns) : 0.0f);
 }
 
 // Sums of a norm over the columns that a lane has seen, of each row: of the distances from a number
@@ -27,6 +24,13 @@ template <int kRows>
 struct NormSums {
   float shift[kRows];
   float sums[2 * kRows];  // sums, then sums of squares
+  float2 columns;         // ColumnsOfWarp
+
+  // Before inputs are waited for.
+  __device__ __forceinline__ void Prepare(const Shared<kRows>& shared, int warp) {
+    columns = shared.columns[warp];
+    asm volatile("" : "+f"(columns.x), "+f"(columns.y));
+  }
 
   // `four` are lane 0's of the row.
   __device__ __forceinline__ void Begin(int row, const float (&four)[4]) {
@@ -49,9 +53,8 @@ struct NormSums {
 // squared distances from their mean. Each exchange halves the numbers that a lane holds, until it has
 // one.
 template <int kRows>
-__device__ __forceinline__ void StoreNorm(Thread<kRows>& self, int in, NormSums<kRows>& norm) {
+__device__ __forceinline__ void StoreNorm(Thread<kRows>& self, NormSums<kRows>& norm) {
   constexpr int kCount = 2 * kRows;
-  const float columns = ColumnsOfWarp(in, self.warp);
   int left = kCount;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -76,8 +79,8 @@ __device__ __forceinline__ void StoreNorm(Thread<kRows>& self, int in, NormSums<
   float shift = norm.shift[0];
 #pragma unroll
   for (int r = 1; r < kRows; ++r) shift = row == r ? norm.shift[r] : shift;
-  const float result = squares ? fmaxf(fmaf(-sum * InverseOrZero(columns), sum, norm.sums[0]), 0.0f)
-                               : fmaf(columns, shift, norm.sums[0]);
+  const float result = squares ? fmaxf(fmaf(-sum * norm.columns.y, sum, norm.sums[0]), 0.0f)
+                               : fmaf(norm.columns.x, shift, norm.sums[0]);
   if (self.lane % kLanes == 0) {
     float* const to = reinterpret_cast<float*>(self.shared.norm[self.buffer][row]);
     to[self.warp * 2 + (squares ? 1 : 0)] = result;
@@ -91,12 +94,12 @@ struct NormResult {
 // Puts together what all warps saw of rows of `columns`.
 class NormOfWarps {
  public:
-  __device__ __forceinline__ explicit NormOfWarps(int columns)
-      : each_(__fdividef(1.0f, static_cast<float>(columns))) {
+  template <int kRows>
+  __device__ __forceinline__ void Prepare(const Shared<kRows>& shared, int columns) {
+    each_ = __fdividef(1.0f, static_cast<float>(columns));
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      columns_[w] = ColumnsOfWarp(columns, w);
-      inverse_[w] = InverseOrZero(columns_[w]);
+    for (int pair = 0; pair < kWarps / 2; ++pair) {
+      columns_[pair] = reinterpret_cast<const float4*>(shared.columns)[pair];
     }
   }
 
@@ -115,9 +118,11 @@ class NormOfWarps {
                         ((sums[4] + sums[5]) + (sums[6] + sums[7]))) *
                        each_;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float away = fmaf(-columns_[w], mean, sums[w]);
-      squares[w] = fmaf(away * inverse_[w], away, squares[w]);
+    for (int pair = 0; pair < kWarps / 2; ++pair) {
+      const float4& both = columns_[pair];
+      squares[2 * pair] = AboutMean(squares[2 * pair], sums[2 * pair], mean, both.x, both.y);
+      squares[2 * pair + 1] =
+          AboutMean(squares[2 * pair + 1], sums[2 * pair + 1], mean, both.z, both.w);
     }
     const float variance = (((squares[0] + squares[1]) + (squares[2] + squares[3])) +
                             ((squares[4] + squares[5]) + (squares[6] + squares[7]))) *
@@ -126,8 +131,15 @@ class NormOfWarps {
   }
 
  private:
-  float each_;
-  float columns_[kWarps], inverse_[kWarps];
+  // Squared distances from `mean`, of those from the mean of the warp's own columns.
+  static __device__ __forceinline__ float AboutMean(float squares, float sum, float mean,
+                                                    float columns, float inverse) {
+    const float away = fmaf(-columns, mean, sum);
+    return fmaf(away * inverse, away, squares);
+  }
+
+  float each_ = 0.0f;
+  float4 columns_[kWarps / 2] = {};  // ColumnsOfWarp of two warps each
 };
 
 }  // namespace persistent

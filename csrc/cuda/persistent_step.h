@@ -61,6 +61,9 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
       shared.choice.listed[warp][row] = shared.rehearsal.listed[warp][row] = 0;
     }
   }
+  if (i >= 128 && i < 128 + kWarps) {
+    shared.columns[i - 128] = ColumnsOfWarp(plan.hidden, i - 128);
+  }
   if (i >= 64 && i < 64 + kPhases) {
     const Product& product = plan.products[i - 64];
     Work work;

@@ -2,7 +2,7 @@
 // of that.
 #pragma once
 
-#include "cuda/persistent_device.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -96,6 +96,7 @@ class Streamer {
           // The batch that had the stage before.
           const int before = shared_.batch_of[warp_][stage_];
           BarrierWait(shared_.empty + before, before < batch_ ? parity_ : parity_ ^ 1u);
+          __syncwarp();  // all lanes have read it
         }
         if (lane_ == 0) shared_.batch_of[warp_][stage_] = static_cast<uint8_t>(batch_);
         __syncwarp();
@@ -156,8 +157,8 @@ class Streamer {
   uint32_t parity_ = 0;  // of the batch
 };
 
-// The warp that brings a layer's weights into the L2 cache while the layer before is worked on: weights
-// without scales, of which the ring holds a layer. For others it only waits for the head.
+// The warp that brings what a layer reads into the L2 cache while the layer before is worked on: biases and
+// the like, and weights without scales, of which the ring holds a layer.
 template <int kRows>
 class Prefetcher {
  public:
@@ -166,21 +167,26 @@ class Prefetcher {
 
   // Until the head begins; false where there is nothing to do.
   __device__ __forceinline__ bool Run() {
-    if (plan_.hurry == 0) {
 #pragma unroll 1
-      for (int layer = 1; layer <= plan_.layers; ++layer) {
-        if (WaitFor(layer) == plan_.layers + kNothing) return false;
-        if (layer == plan_.layers) break;
+    for (int layer = 0; layer < plan_.layers; ++layer) {
+      if (layer > 0 && WaitFor(layer) == plan_.layers + kNothing) return false;
+      const int64_t behind = layer * plan_.layer_bytes;
 #pragma unroll 1
-        for (int phase = kQkv; phase < kHead; ++phase) {
-          const Product& product = plan_.products[phase];
-          if (phase != kAttention) Prefetch(product, TilesOf(product), layer * plan_.layer_bytes);
-        }
+      for (int phase = kQkv; phase < kHead; ++phase) {
+        if (phase != kAttention) PrefetchVectors(plan_.products[phase], behind);
       }
-      // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
-      const Product& head = plan_.products[kHead];
-      Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
+      // The first layer's go to the ring at once.
+#pragma unroll 1
+      for (int phase = kQkv; phase < kHead && layer > 0 && plan_.hurry == 0; ++phase) {
+        const Product& product = plan_.products[phase];
+        if (phase != kAttention) Prefetch(product, TilesOf(product), behind);
+      }
     }
+    if (WaitFor(plan_.layers) == plan_.layers + kNothing) return false;
+    const Product& head = plan_.products[kHead];
+    PrefetchVectors(head, 0);
+    // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
+    if (plan_.hurry == 0) Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
     const int last = WaitFor(plan_.layers + kNothing);
     __threadfence_block();  // what the copying warp has seen of the step
     return last >= plan_.layers + kHeadBegins;
@@ -192,6 +198,31 @@ class Prefetcher {
     int told;
     while ((told = *static_cast<volatile int*>(&shared_.copied)) < copied) __nanosleep(100);
     return told;
+  }
+
+  // What goes with the block's outputs, and the block's share of what goes with inputs.
+  __device__ __forceinline__ void PrefetchVectors(const Product& product, int64_t behind) {
+    const int first = OutputOf(product, 0);
+    const int outputs = min(TilesOf(product) * kTile, product.out - first);
+    PrefetchFloats(product.bias, behind, first, outputs);
+    if (product.norm_weight == nullptr) return;
+    PrefetchFloats(product.sums, behind, first, outputs);
+    const Product& inputs =
+        plan_.products[kOut];  // of which there are as many as this one's outputs
+    const int input = OutputOf(inputs, 0);
+    PrefetchFloats(product.norm_weight, behind, input,
+                   min(TilesOf(inputs) * kTile, inputs.out - input));
+  }
+
+  __device__ __forceinline__ void PrefetchFloats(const float* first, int64_t behind, int begin,
+                                                 int count) {
+    constexpr int kLine = 32;  // floats
+    if (first == nullptr || count <= 0) return;
+    const float* const from = Behind(first, behind) + begin;
+#pragma unroll 1
+    for (int i = lane_ * kLine; i < count + kLine - 1; i += 32 * kLine) {
+      PrefetchToL2(from + min(i, count - 1));
+    }
   }
 
   __device__ __forceinline__ void Prefetch(const Product& product, int tiles, int64_t behind) {

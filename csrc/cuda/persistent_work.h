@@ -2,9 +2,9 @@
 // finishers.
 #pragma once
 
-#include "cuda/persistent_device.h"
 #include "cuda/persistent_multiply.h"
 #include "cuda/persistent_norm.h"
+#include "cuda/persistent_thread.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -32,30 +32,32 @@ class Inputs {
       : epoch_(epoch),
         column_(self.warp * kSpan + self.lane * 4),
         row_pieces_(work.row_pieces),
+        in_(work.in),
+        chunks_(work.chunks),
         from_(work.source),
         gamma_from_(kNormed ? Behind(work.gamma, behind) : nullptr) {}
 
   // Asks for a batch of chunks, row by row.
-  __device__ __forceinline__ void Ask(const Thread<kRows>& self, const Work& work) {
+  __device__ __forceinline__ void Ask(const Thread<kRows>& self) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int column = (first_ + i / kRows) * kChunk + column_;
-      pieces_[i] = AskForPiece(At(i), epoch_, self.Active(i % kRows) && column < work.in);
+      pieces_[i] = AskForPiece(At(i), epoch_, self.Active(i % kRows) && column < in_);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (!kNormed) continue;
       const int column = (first_ + j) * kChunk + column_;
       gamma_[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (column < work.in) {
+      if (column < in_) {
         gamma_[j] = LoadNow(reinterpret_cast<const float4*>(gamma_from_ + column));
       }
     }
   }
 
   // Waits for all of them, and leaves the lane's sums for the norm.
-  __device__ __forceinline__ void Stage(Thread<kRows>& self, const Work& work,
-                                        NormSums<kRows>* norm, int phase, int layer) {
+  __device__ __forceinline__ void Stage(Thread<kRows>& self, NormSums<kRows>* norm, int phase,
+                                        int layer) {
     const int place = StagedPlace<W>(self.lane);
     const auto at = [&](int i) { return At(i); };
     __syncwarp();  // what is staged has been read by all lanes
@@ -65,8 +67,8 @@ class Inputs {
       self.StampNow(phase, layer, Stamp::kInputs, __uint_as_float(pieces_[0].x));
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const bool there = kOneChunk || first_ + j < work.chunks;
-        const bool own = (first_ + j) * kChunk + column_ < work.in;
+        const bool there = kOneChunk || first_ + j < chunks_;
+        const bool own = (first_ + j) * kChunk + column_ < in_;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const uint4& piece = pieces_[j * kRows + r];
@@ -87,8 +89,8 @@ class Inputs {
       }
       if (kOneChunk) break;
       first_ += kBatch;
-      if (first_ >= work.chunks) break;
-      Ask(self, work);
+      if (first_ >= chunks_) break;
+      Ask(self);
     }
     __syncwarp();
   }
@@ -101,7 +103,7 @@ class Inputs {
 
   const uint32_t epoch_;
   const int column_;  // the lane's, of a chunk
-  const int row_pieces_;
+  const int row_pieces_, in_, chunks_;
   const uint4* const from_;
   const float* const gamma_from_;
   int first_ = 0;  // chunk of the batch
@@ -115,11 +117,13 @@ class Multiplication {
   static constexpr int kNext = kRows * kTile * Partial<kRows>::kStride;  // floats from tile to tile
 
  public:
-  static constexpr int kHeld = StagesAtOnce(kRows);
+  static constexpr int kHeld = StagesAtOnce(kRows, kNormed, kOneChunk);
 
   // A group of tiles begins.
   __device__ __forceinline__ void Begin(const Thread<kRows>& self, const Work& work, int tiles) {
-    left_ = kOneChunk ? tiles : tiles * work.chunks;
+    in_ = work.in;
+    chunks_ = work.chunks;
+    left_ = kOneChunk ? tiles : tiles * chunks_;
     chunk_ = 0;
     total_ = 0.0f;
     const int row = RowOf(self) % kRows;
@@ -131,8 +135,7 @@ class Multiplication {
 
   // Without branches, so that the products of all stages are under way at once; what belongs to stages
   // or columns that are not there is not kept.
-  __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Work& work,
-                                           const Held (&held)[kHeld]) {
+  __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Held (&held)[kHeld]) {
     const int lane = self.lane;
     float sums[kHeld];
     if (kOneChunk) {
@@ -143,14 +146,15 @@ class Multiplication {
         for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
       } else {
 #pragma unroll
-        for (int j = 0; j < kHeld; j += 2) {
-          const float2 two = MultiplyTwo<W>(held[j], held[j + 1 < kHeld ? j + 1 : j], x);
+        for (int j = 0; j + 1 < kHeld; j += 2) {
+          const float2 two = MultiplyTwo<W>(held[j], held[j + 1], x);
           sums[j] = two.x;
-          sums[j + 1 < kHeld ? j + 1 : j] = two.y;
+          sums[j + 1] = two.y;
         }
+        if (kHeld % 2 != 0) sums[kHeld - 1] = MultiplyOne<W, kRows>(held[kHeld - 1], x, lane);
       }
       // A warp without columns has zeros to give.
-      const bool own = self.warp * kSpan < work.in;
+      const bool own = self.warp * kSpan < in_;
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) Store(self, j, own ? sums[j] : 0.0f, j < left_);
       to_ += kHeld * kNext;
@@ -161,13 +165,13 @@ class Multiplication {
         uint4 x[4];
         ReadStaged<kNormed>(self, chunk, x);
         sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
-        if (chunk * kChunk + self.warp * kSpan >= work.in) sums[j] = 0.0f;
-        chunk = chunk + 1 == work.chunks ? 0 : chunk + 1;
+        if (chunk * kChunk + self.warp * kSpan >= in_) sums[j] = 0.0f;
+        chunk = chunk + 1 == chunks_ ? 0 : chunk + 1;
       }
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         total_ += sums[j];
-        const bool last = chunk_ + 1 == work.chunks;
+        const bool last = chunk_ + 1 == chunks_;
         Store(self, 0, total_, last && j < left_);
         if (last) to_ += kNext;
         total_ = last ? 0.0f : total_;
@@ -186,6 +190,7 @@ class Multiplication {
     if (shall && RowOf(self) < kRows) to_[tile * kNext] = sum * W::kUnit;
   }
 
+  int in_, chunks_;
   int left_;   // stages of the group
   int chunk_;  // of the next one
   float total_;
@@ -208,22 +213,23 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
     NormSums<kRows> norm;
     Inputs<W, kRows, kNormed, kOneChunk> inputs(
         self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
+    if (kNormed) norm.Prepare(self.shared, self.warp);
     self.WaitForBuffer();
     multiplication.Begin(self, work, min(kRound, work.tiles));
     TakeWeights<W>(self, work, multiplication.Count(), held);
     // With one row the next copy is worth more than asking at once; with several it is not.
     if (kRows == 1) ReleaseWeights(self);
     // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
-    inputs.Ask(self, work);
+    inputs.Ask(self);
     if (kRows > 1) ReleaseWeights(self);
     self.StampNow(phase, layer, Stamp::kWeights);
     // From here on all others wait.
-    inputs.Stage(self, work, &norm, phase, layer);
+    inputs.Stage(self, &norm, phase, layer);
     self.Forget();
-    multiplication.Multiply(self, work, held);
+    multiplication.Multiply(self, held);
     self.StampNow(phase, layer, Stamp::kProducts);
     // While the products are under way.
-    if (kNormed) StoreNorm(self, work.in, norm);
+    if (kNormed) StoreNorm(self, norm);
   }
 #pragma unroll 1
   for (int group = 0;;) {
@@ -231,7 +237,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
       Held held[Multiplying::kHeld];
       TakeWeights<W>(self, work, multiplication.Count(), held);
       ReleaseWeights(self);
-      multiplication.Multiply(self, work, held);
+      multiplication.Multiply(self, held);
     }
     self.PassBuffer();
     group += kRound;

@@ -40,6 +40,9 @@ def test_every_kernel(shape: GPTShape, dtype: str) -> None:
         for options in (greedy, sampling):
             sequences = model.generate(prompts, options, seed=1)
             assert all(1 <= len(s.tokens) <= 3 for s in sequences)
+        few = GenerationOptions(max_length=3, decode_strategy="sampling", top_k=4, eos_token_id=-1)
+        for count in (1, 2):
+            assert all(len(s.tokens) == 3 for s in model.generate(prompts[:count], few, seed=1))
         (one,) = model.generate(prompts[:1], greedy, keep_logits=True)
         assert one.logits is not None
         assert one.logits.shape == (3, shape.vocab_size)
