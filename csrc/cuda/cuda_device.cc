@@ -348,10 +348,10 @@ void CudaDevice::PreparePersistent() {
   for (int32_t rows = 1; rows <= kPersistentRows; ++rows) {
     const SampleArgs choice;
     args.rows = rows;
-    args.choice = nullptr;
     persistent_rows_[rows] = PersistentSupported(args);
     args.choice = &choice;
     persistent_chooses_[rows] = persistent_rows_[rows] && PersistentSupported(args);
+    args.choice = nullptr;
     any = any || persistent_rows_[rows];
   }
   if (any) exchange_ = DeviceMemory(PersistentExchangeBytes(args), "the work space of a step");
@@ -393,6 +393,7 @@ void CudaDevice::LaunchPersistent(int32_t rows, const SampleArgs* choice) {
     args.overlap = false;
     status = PersistentStep(args, stream_);
   }
+  args.choice = nullptr;
   Check(status, "launching a step");
   ++persistent_steps;
   if (choice != nullptr) ++choosing_steps;

@@ -45,7 +45,7 @@ struct PersistentArgs {
   int64_t ld = 0;
 
   // Where not null, read at launch: the step ends with what Sample (kernels.h) would do to its logits, the
-  // same bits, for rows that take the best token or draw from top_k < vocab of at most kPersistentTopK, and
+  // same bits (but a best logit of -0 scores 0), for rows that take the best token or draw from top_k < vocab of at most kPersistentTopK, and
   // whose logits nothing changes. row_list, slots and rows are those of the step, logits are not read.
   // Not supported for vocabularies that the blocks cannot keep, nor for 3 and 4 rows where all warps are
   // busy: there the sampling kernel is as fast.

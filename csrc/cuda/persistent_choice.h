@@ -45,9 +45,8 @@ class Chooser {
     kept_ = is_real_ ? (tiles + kRound - 1) / kRound * kOutputs : kBatch;
   }
 
-  // Ends the step, by all finishers. What is read here is written again in the next step, which no block
-  // is in before all have published what comes after: who does not, for a row that is not drawn, reads
-  // nothing.
+  // Ends the step, by all finishers. A block looks for the best of the rows that are drawn, and of those that
+  // it ends itself.
   __device__ __forceinline__ void Run(Thread<kRows>& self) {
     const Plan& plan = self.plan;
     const uint32_t epoch = self.epoch;
@@ -274,7 +273,8 @@ class Chooser {
     if (self.lane == row * kTile) {
       // A warp's outputs are few: their sum leaves room for the count.
       static_assert(kMostKept <= 1 << 11 && kListedOfWarp < 15, "58 bits and four");
-      const uint32_t high = static_cast<uint32_t>(sum >> 32) |
+      // Of what is no distribution, none is listed and the sum may be anything.
+      const uint32_t high = (static_cast<uint32_t>(sum >> 32) & ((1u << kCountShift) - 1)) |
                             (count <= kListedOfWarp ? count : kTooMany) << kCountShift;
       uint4* const to = plan.exchange + plan.sums + 2 * place;
       Publish(to, make_uint4(static_cast<uint32_t>(sum), high, first_logit, epoch));

@@ -168,7 +168,7 @@ struct Plan {
   int32_t copiers;  // warps that copy, in turns if they have to hurry or in the head
   // Whether all that waits for weights waits for their copies: the ring holds less than a layer, or
   // copies are short. Else one warp copies, as weights need not come as fast as they can, and one
-  // prefetches.
+  // prefetches them too, beside what is prefetched always, if there is a warp for it.
   int32_t hurry;
   int32_t lines;  // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero

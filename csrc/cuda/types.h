@@ -60,8 +60,8 @@ struct SamplingParams {
   uint64_t seed;
 };
 
-// State of one sequence, in device memory. Written by the host when the slot is opened and by the
-// sampling kernel afterwards.
+// State of one sequence, in device memory. Written by the host when the slot is opened and by whoever
+// chooses tokens, the sampling kernel or the persistent step, afterwards.
 struct Slot {
   int32_t length;  // tokens in `tokens`: prompt and what was sampled
   int32_t prompt_length;

@@ -175,7 +175,6 @@ class Steps:
             ld=VOCAB + 15,
             **{name: product(name) for name in sizes},
         )
-        self.blocks = library.persistent_blocks(self.args)
         exchange = self.tensor(
             torch.zeros(library.persistent_exchange(self.args), dtype=torch.uint8)
         )
@@ -204,6 +203,7 @@ class Steps:
         self.args.overlap = True
         if choice == "step":
             self.args.choice = ctypes.pointer(self._sample)
+        self.blocks = library.persistent_blocks(self.args)
         self.cache_bytes = rows * context * 4 * layers * hidden
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,10 @@ def special_logits(rng: np.random.Generator, vocab: int) -> dict[str, Array]:
         "all are masked": np.full(vocab, -np.inf, np.float32),
         "one is no number": with_values(some[:1], np.nan),
         "none is a number": np.full(vocab, np.nan, np.float32),
+        "half are no numbers": with_values(rng.random(vocab) < 0.5, np.nan),
+        "two thirds are no numbers": with_values(rng.random(vocab) < 0.65, np.nan),
+        # Three of the four that a thread adds up at once.
+        "most are no numbers": with_values(np.arange(vocab) // 32 % 4 != 0, np.nan),
     }
 
 
@@ -230,6 +234,10 @@ def test_generation(shape: GPTShape, dtype: str) -> None:
             max_length=20, decode_strategy="sampling", top_k=9, eos_token_id=-1
         ),
         "processed": GenerationOptions(max_length=20, min_length=1, eos_token_id=-1),
+        "penalized": GenerationOptions(max_length=20, repetition_penalty=1.2, eos_token_id=-1),
+        "without repeats": GenerationOptions(
+            max_length=20, no_repeat_ngram_size=2, eos_token_id=-1
+        ),
     }
     rng = np.random.default_rng(3)
     with EngineModel(
