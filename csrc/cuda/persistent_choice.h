@@ -1,7 +1,8 @@
 // The choice of tokens inside the step. Finishers keep the outputs of the head in shared memory; blocks
 // tell each other the best of a row, then the sums of its exponentials and the few tokens that may be
 // drawn, and a block for each row draws (persistent_draw.h). All is decided as the sampling kernel
-// decides it, on the same whole numbers, so that tokens and scores are the same bits.
+// decides it, on the same whole numbers, so that tokens and scores are the same bits, but for a best
+// logit of -0.
 #pragma once
 
 #include "cuda/persistent_draw.h"
