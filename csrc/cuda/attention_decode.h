@@ -37,6 +37,7 @@ constexpr int kItemMore = 2;  // the block has another round
 // Where the parts of the plan lie.
 struct DecodePlan {
   DecodeItem* items;
+  uint64_t* ahead;      // [blocks][warps]: see DecodePiecesAhead; of the first layer
   int32_t* empty_rows;  // their number, then they
   int32_t rounds;       // that there is room for
 };

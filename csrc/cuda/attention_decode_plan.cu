@@ -15,11 +15,15 @@ constexpr int32_t kThreads = 256;
 constexpr int32_t kMostRows = 4096;  // that shared memory holds
 // Pages that a multiprocessor could read while a cut head is put together.
 constexpr int32_t kCutPages = 8;
+// The round of whose items a piece each is brought into the L2 cache: a ring has those of the first round, and
+// not all of the second.
+constexpr int32_t kAheadRound = 2;
 
 struct PlanTask {
   DecodeAttentionArgs args;
   DecodePlan plan;
   int32_t warps;
+  int64_t head_bytes;  // from head to head in a page
 };
 
 // A row in shared memory; one more than rows, with the sums of all.
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const PlanTask task) {
 
   const int begin = range[0], end = range[1];
   const int rounds = max(1, (end - begin + task.warps - 1) / task.warps);
-  for (int i = threadIdx.x; i < rounds * task.warps; i += kThreads) {
+  for (int i = threadIdx.x; i < max(rounds, kAheadRound + 1) * task.warps; i += kThreads) {
     const int round = i / task.warps;
     DecodeItem item = {};
     item.flags = round + 1 < rounds ? kItemMore : 0;
@@ -169,7 +173,12 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const PlanTask task) {
     }
     const int64_t at =
         (static_cast<int64_t>(round) * gridDim.x + blockIdx.x) * task.warps + i % task.warps;
-    task.plan.items[at] = item;
+    if (round < rounds) task.plan.items[at] = item;
+    if (round == kAheadRound) {
+      const char* const keys = item.page + item.head * task.head_bytes;
+      task.plan.ahead[blockIdx.x * task.warps + i % task.warps] =
+          item.page == nullptr ? 0 : reinterpret_cast<uint64_t>(keys);
+    }
   }
 }
 
@@ -184,9 +193,18 @@ size_t PlaceDecodePlan(const StreamGrid& grid, const CacheLayout& cache, int32_t
   const size_t item_bytes = sizeof(DecodeItem) * static_cast<size_t>(grid.blocks) *
                             static_cast<size_t>(grid.warps) *
                             (static_cast<size_t>(plan->rounds) + 1);
+  const size_t ahead_bytes =
+      sizeof(uint64_t) * static_cast<size_t>(grid.blocks) * static_cast<size_t>(grid.warps);
+  char* const bytes = static_cast<char*>(memory);
   plan->items = static_cast<DecodeItem*>(memory);
-  plan->empty_rows = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + item_bytes);
-  return item_bytes + sizeof(int32_t) * (static_cast<size_t>(rows) + 1);
+  plan->ahead = reinterpret_cast<uint64_t*>(bytes + item_bytes);
+  plan->empty_rows = reinterpret_cast<int32_t*>(bytes + item_bytes + ahead_bytes);
+  return item_bytes + ahead_bytes + sizeof(int32_t) * (static_cast<size_t>(rows) + 1);
+}
+
+// Of a head's keys, or values, in a page.
+int64_t HeadBytes(const CacheLayout& cache) {
+  return int64_t{kPage} * cache.head_stride * (cache.dtype == DType::kFloat32 ? 4 : 2);
 }
 
 cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* bytes) {
@@ -209,6 +227,7 @@ cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t st
   PlanTask task;
   task.args = args;
   task.warps = grid.warps;
+  task.head_bytes = HeadBytes(args.cache);
   PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &task.plan);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(grid.blocks));
@@ -216,6 +235,21 @@ cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t st
   shape.shared_bytes = sizeof(RowWork) * (static_cast<size_t>(args.rows) + 1);
   shape.overlap = args.overlap;
   return Launch(PlanKernel, shape, stream, task);
+}
+
+cudaError_t DecodePiecesAhead(const DecodeAttentionArgs& args, PiecesAhead* ahead) {
+  *ahead = PiecesAhead();
+  if (args.plan == nullptr || args.layer >= args.cache.num_layers) return cudaSuccess;
+  StreamGrid grid;
+  const cudaError_t status = GetStreamGrid(args.cache, args.rows, &grid);
+  if (status != cudaSuccess || grid.blocks == 0) return status;
+  DecodePlan plan;
+  PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &plan);
+  ahead->count = grid.blocks * grid.warps;
+  ahead->pieces = plan.ahead;
+  ahead->bytes = static_cast<uint32_t>(HeadBytes(args.cache));
+  ahead->behind = 2 * int64_t{args.layer} * args.cache.num_heads * ahead->bytes;
+  return cudaSuccess;
 }
 
 }  // namespace cuda

@@ -77,6 +77,9 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     LinearRowsArgs in = PackedProduct(layer.feed_forward_in, x, rows, Epilogue::kGelu);
     fold_in(layer.folded2, &in);
     in.out = wide;
+    // Memory has little to do between the attention of two layers.
+    attention.layer = i + 1;
+    Check(DecodePiecesAhead(attention, &in.ahead), "planning attention");
     Check(LinearRows(in, stream_), "launching the feed-forward block");
     const float* const next = i + 1 < config_.num_layers
                                   ? weights_->layers()[static_cast<size_t>(i) + 1].norm1.weight

@@ -68,6 +68,14 @@ struct PackedRows {
   int32_t part_stride = 0;
 };
 
+// Pieces of the cache that a kernel brings into the L2 cache on the side, for attention that comes later.
+struct PiecesAhead {
+  const uint64_t* pieces = nullptr;  // [count] addresses; 0 is none
+  int32_t count = 0;
+  int64_t behind = 0;  // what is wanted lies so many bytes behind each,
+  uint32_t bytes = 0;  // and is as long as this, a multiple of 16
+};
+
 struct LinearRowsArgs {
   Matrix w;  // kFloat16 or kBFloat16
   PackedRows x;
@@ -89,6 +97,7 @@ struct LinearRowsArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
+  PiecesAhead ahead;
   bool overlap = false;
   int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
 };
@@ -204,6 +213,9 @@ cudaError_t DecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream
 cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* bytes);
 // Makes the plan of a step, which all layers share; may itself overlap as Linear does.
 cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream);
+// What a kernel before that of layer `args.layer` can bring into the L2 cache for it: pieces that come after
+// those that it asks for before it may start. None without a plan, or beyond the last layer.
+cudaError_t DecodePiecesAhead(const DecodeAttentionArgs& args, PiecesAhead* ahead);
 
 // Prefill: rows are runs of neighbouring positions of a slot; a run's queries see the cache up to
 // their own position. Never holds a [length, length] matrix in device memory. Nothing is written for

@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
     if (args.norm_sums != nullptr) {
       ReadNorms(plan, first_row, rows, rank, 2 * my_pairs, warp, lane, norms);
     }
+    if (warp == kWarps - 1) PrefetchPieces(args.ahead, lane);
   } else if (warp < kSupplyWarp) {
     float sums[kRows / 2];
 #pragma unroll

@@ -233,6 +233,18 @@ __device__ __forceinline__ void FinishRow(const RowsPlan& plan, const Outputs& o
   }
 }
 
+// Dealt out over lanes and blocks; by one warp of each.
+__device__ __forceinline__ void PrefetchPieces(const PiecesAhead& ahead, int32_t lane) {
+  const int32_t blocks = gridDim.x * gridDim.y;
+  const int32_t block = blockIdx.y * gridDim.x + blockIdx.x;
+#pragma unroll 1
+  for (int32_t i = lane * blocks + block; i < ahead.count; i += 32 * blocks) {
+    const uint64_t piece = __ldcg(ahead.pieces + i);
+    if (piece == 0) continue;
+    BulkPrefetch(reinterpret_cast<const char*>(piece) + ahead.behind, ahead.bytes);
+  }
+}
+
 // A block's rows go in pairs round the blocks of its cluster. Row `local` of the block's is this one of
 // the tile's.
 __device__ __forceinline__ int32_t RowOf(const RowsPlan& plan, int32_t rank, int32_t local) {

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     ReadStep<W>(plan, shared);
     WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
     ArriveAt<kThreads>(kStarted);
+    ArriveAt<kThreads - Threads<kRows>::kStreamers + 32>(kTold);
     if (ActiveRows(shared) == 0) {
       if (plan.chooses == 0) return;
       if (warp == kWarps) ReportNone(plan, shared);

@@ -123,6 +123,7 @@ class Chooser {
     const uint32_t order = __reduce_max_sync(lanes, best_.order);
     const uint32_t first = __reduce_max_sync(lanes, best_.order == order ? best_.first : 0u);
     const uint32_t any_nan = __reduce_max_sync(lanes, best_.any_nan);
+    __syncwarp();  // a rehearsal's outputs are the same memory
     if (self.lane == row * kTile) space_.bests[self.warp][row] = {order, first, any_nan};
     WaitForFinishers();
     if (self.warp == 0 && self.lane < kRows && self.Active(self.lane)) {

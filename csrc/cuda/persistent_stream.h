@@ -57,7 +57,7 @@ class Streamer {
 
  private:
   __device__ __forceinline__ void TellPrefetcher(int copied) {
-    if (warp_ == 0 && lane_ == 0) *static_cast<volatile int*>(&shared_.copied) = copied;
+    if (warp_ == 0 && lane_ == 0) atomicExch(&shared_.copied, copied);
   }
 
   // False where there is nothing to do.
@@ -165,8 +165,15 @@ class Prefetcher {
   __device__ __forceinline__ Prefetcher(const Plan& plan, Shared<kRows>& shared)
       : plan_(plan), shared_(shared), lane_(threadIdx.x % 32) {}
 
-  // Until the head begins; false where there is nothing to do.
+  // Until the head begins, and what has been read of the step is there; false where there is nothing to do.
   __device__ __forceinline__ bool Run() {
+    const bool begins = RunLayers();
+    WaitAt<Threads<kRows>::kCount - Threads<kRows>::kStreamers + 32>(kTold);
+    return begins;
+  }
+
+ private:
+  __device__ __forceinline__ bool RunLayers() {
 #pragma unroll 1
     for (int layer = 0; layer < plan_.layers; ++layer) {
       if (layer > 0 && WaitFor(layer) == plan_.layers + kNothing) return false;
@@ -187,17 +194,18 @@ class Prefetcher {
     PrefetchVectors(head, 0);
     // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
     if (plan_.hurry == 0) Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
-    const int last = WaitFor(plan_.layers + kNothing);
-    __threadfence_block();  // what the copying warp has seen of the step
-    return last >= plan_.layers + kHeadBegins;
+    return WaitFor(plan_.layers + kNothing) >= plan_.layers + kHeadBegins;
   }
 
- private:
   // Until so many have been copied; what has been told then.
   __device__ __forceinline__ int WaitFor(int copied) const {
-    int told;
-    while ((told = *static_cast<volatile int*>(&shared_.copied)) < copied) __nanosleep(100);
-    return told;
+    int told = 0;
+    for (;;) {
+      if (lane_ == 0) told = atomicOr(&shared_.copied, 0);
+      told = __shfl_sync(0xffffffffu, told, 0);
+      if (told >= copied) return told;
+      __nanosleep(100);
+    }
   }
 
   // What goes with the block's outputs, and the block's share of what goes with inputs.

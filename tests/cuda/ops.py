@@ -110,6 +110,10 @@ class PackedRows(ctypes.Structure):
     _fields_ = [("data", _ptr), ("stride", _i64), ("parts", _ptr), ("part_stride", _i32)]
 
 
+class PiecesAhead(ctypes.Structure):
+    _fields_ = [("pieces", _ptr), ("count", _i32), ("behind", _i64), ("bytes", ctypes.c_uint32)]
+
+
 class LinearRowsArgs(ctypes.Structure):
     _fields_ = [
         ("w", Matrix),
@@ -127,6 +131,7 @@ class LinearRowsArgs(ctypes.Structure):
         ("slots", _ptr),
         ("cache", CacheLayout),
         ("layer", _i32),
+        ("ahead", PiecesAhead),
         ("overlap", ctypes.c_bool),
         ("cluster", _i32),
     ]
