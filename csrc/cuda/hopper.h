@@ -104,6 +104,20 @@ __device__ __forceinline__ void StoreAsync(uint32_t address, float4 x, uint32_t 
 
 // ---- the bulk engine ------------------------------------------------------------------------------
 
+// One lane of a warp whose lanes are all here. The compiler knows it to be one: what the bulk engine is asked
+// for under any other condition becomes a loop over lanes.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "@p mov.b32 %0, 1;\n"
+      "}\n"
+      : "+r"(elected));
+  return elected != 0;
+}
+
 // Data that is read once and should not push other data out of the L2 cache.
 __device__ __forceinline__ uint64_t ReadOncePolicy() {
   uint64_t policy;

@@ -103,6 +103,7 @@ class Streamer {
         if ((split && plan_.copiers == 2 ? stage_ % 2 : 0) == warp_) {
           Copy(product, outputs, chunk, weights, scales, full);
         }
+        __syncwarp();  // what the barrier is to expect comes before the last arrival
         taken_ = min(taken_ + 1, plan_.stages);
         if (--left_ == 0 && lane_ == 0) BarrierArrive(full);
         if (++stage_ == plan_.stages) stage_ = 0;
@@ -115,34 +116,43 @@ class Streamer {
     return true;
   }
 
-  // Rows that are whole are copied by a lane for each half, else by one for each row; scales alike.
+  // Rows that are whole are copied in two halves, others one by one; scales alike.
   __device__ __forceinline__ void Copy(const Product& product, int outputs, int chunk,
                                        const char* weights, const char* scales, uint64_t* full) {
-    const int columns = min(kChunk, product.in - chunk * kChunk);
-    const bool whole = product.chunks == 1;
-    const uint32_t row_bytes =
-        whole ? static_cast<uint32_t>(product.row_bytes) : columns * W::kBits / 8u;
-    // Up to a multiple of 16: rows of scales are that long.
-    const uint32_t row_scale_bytes = W::kScales == 0 ? 0u
-                                     : whole         ? static_cast<uint32_t>(product.scale_bytes)
-                                                     : (columns / kGroup * 2u + 15u) / 16u * 16u;
-    if (lane_ == 0) {
-      BarrierExpect(full, outputs * (row_bytes + row_scale_bytes));
-    }
-    __syncwarp();
     char* const stage = ring_ + stage_ * Stage<W>::kBytes;
-    const int rows_of_lane = whole ? kTile / 2 : 1;
-    const int row = lane_ % kTile * rows_of_lane;
-    const int rows = min(rows_of_lane, outputs - row);
-    if (rows <= 0) return;
-    if (lane_ < kTile) {
-      BulkCopy(stage + RowAt(row, PitchOf<W>(product)),
-               weights + row * product.row_bytes + chunk * Stage<W>::kWeightBytes, rows * row_bytes,
+    if (product.chunks == 1) {
+      const auto row_bytes = static_cast<uint32_t>(product.row_bytes);
+      const auto scale_bytes = static_cast<uint32_t>(product.scale_bytes);
+      const uint32_t first = min(outputs, kTile / 2), second = outputs - first;
+      if (!ElectLane()) return;
+      BarrierExpect(full, outputs * (row_bytes + (W::kScales > 0 ? scale_bytes : 0u)));
+      BulkCopy(stage, weights, first * row_bytes, full, policy_);
+      if (W::kScales > 0) {
+        BulkCopy(stage + Stage<W>::kScalesAt, scales, outputs * scale_bytes, full, policy_);
+      }
+      if (second > 0) {
+        BulkCopy(stage + RowAt(kTile / 2, product.row_bytes), weights + first * row_bytes,
+                 second * row_bytes, full, policy_);
+      }
+      return;
+    }
+    const int columns = min(kChunk, product.in - chunk * kChunk);
+    const uint32_t row_bytes = columns * W::kBits / 8u;
+    // Up to a multiple of 16: rows of scales are that long.
+    const uint32_t scale_bytes = W::kScales == 0 ? 0u : (columns / kGroup * 2u + 15u) / 16u * 16u;
+    const char* from = weights + chunk * Stage<W>::kWeightBytes;
+    const char* scales_from = scales + chunk * Stage<W>::kScaleBytes;
+    if (!ElectLane()) return;
+    BarrierExpect(full, outputs * (row_bytes + scale_bytes));
+#pragma unroll
+    for (int row = 0; row < kTile; ++row) {
+      if (row >= outputs) break;
+      BulkCopy(stage + RowAt(row, Stage<W>::kWeightBytes), from, row_bytes, full, policy_);
+      from += product.row_bytes;
+      if (W::kScales == 0) continue;
+      BulkCopy(stage + Stage<W>::kScalesAt + row * Stage<W>::kScaleBytes, scales_from, scale_bytes,
                full, policy_);
-    } else if (W::kScales > 0 && lane_ < 2 * kTile) {
-      BulkCopy(stage + Stage<W>::kScalesAt + row * ScalePitchOf<W>(product),
-               scales + row * product.scale_bytes + chunk * Stage<W>::kScaleBytes,
-               rows * row_scale_bytes, full, policy_);
+      scales_from += product.scale_bytes;
     }
   }
 
