@@ -50,6 +50,9 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
   DecodeAttentionArgs attention = Attention(rows);
   if (attention.plan) attention.packed = attended.data;
   Check(PlanDecodeAttention(attention, stream_), "planning attention");
+  PiecesAhead second_layer;
+  attention.layer = 1;
+  Check(DecodePiecesAhead(attention, &second_layer), "planning attention");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearRowsArgs qkv = PackedProduct(layer.qkv, x, rows, Epilogue::kQkv);
@@ -78,8 +81,10 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     fold_in(layer.folded2, &in);
     in.out = wide;
     // Memory has little to do between the attention of two layers.
-    attention.layer = i + 1;
-    Check(DecodePiecesAhead(attention, &in.ahead), "planning attention");
+    if (i + 1 < config_.num_layers) {
+      in.ahead = second_layer;
+      in.ahead.behind *= i + 1;  // layers lie as far from each other as the second from the first
+    }
     Check(LinearRows(in, stream_), "launching the feed-forward block");
     const float* const next = i + 1 < config_.num_layers
                                   ? weights_->layers()[static_cast<size_t>(i) + 1].norm1.weight

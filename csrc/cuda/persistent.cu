@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   } else {
     WaitForGrid();
     ReadStep<W>(plan, shared);
-    WaitAt<kThreads - Threads<kRows>::kStreamers>(kReaders);
+    WaitAt<Threads<kRows>::kReaders>(kReaders);
     ArriveAt<kThreads>(kStarted);
-    ArriveAt<kThreads - Threads<kRows>::kStreamers + 32>(kTold);
+    ArriveAt<Threads<kRows>::kTold>(kTold);
     if (ActiveRows(shared) == 0) {
       if (plan.chooses == 0) return;
       if (warp == kWarps) ReportNone(plan, shared);

@@ -64,6 +64,8 @@ struct Threads {
   static constexpr int kOutputs = kTile * kRound * kRows / kFinishers;  // of a group, by finisher
   static constexpr int kStreamers = kRows == 1 ? 96 : 64;
   static constexpr int kCount = kWorkers + kFinishers + kStreamers;
+  static constexpr int kReaders = kWorkers + kFinishers;  // of what a step is about
+  static constexpr int kTold = kReaders + 32;             // these and the prefetching warp
 };
 
 constexpr int kMaxFinisherWarps = 2;

@@ -178,7 +178,7 @@ class Prefetcher {
   // Until the head begins, and what has been read of the step is there; false where there is nothing to do.
   __device__ __forceinline__ bool Run() {
     const bool begins = RunLayers();
-    WaitAt<Threads<kRows>::kCount - Threads<kRows>::kStreamers + 32>(kTold);
+    WaitAt<Threads<kRows>::kTold>(kTold);
     return begins;
   }
 
