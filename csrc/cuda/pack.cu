@@ -213,7 +213,9 @@ int64_t RowBytes(DType dtype, int32_t in) {
 
 int32_t ScaleStride(DType dtype, int32_t in) {
   if (dtype != DType::kInt8 && dtype != DType::kInt4) return 0;
-  return (in + kGroup - 1) / kGroup;
+  constexpr int32_t kUnit = kAlign / 2;
+  const int32_t groups = (in + kGroup - 1) / kGroup;
+  return (groups + kUnit - 1) / kUnit * kUnit;
 }
 
 cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const PackSource& from,

@@ -10,7 +10,7 @@ namespace cuda {
 // compile.
 cudaError_t CheckMachineCode();
 
-// Bytes of a weight row of `in` columns, and scales of one.
+// Bytes of a weight row of `in` columns, and scales from one to the next: multiples of kAlign bytes both.
 int64_t RowBytes(DType dtype, int32_t in);
 int32_t ScaleStride(DType dtype, int32_t in);
 

@@ -25,37 +25,36 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   Shared<kRows>& shared = SharedOfBlock<kRows>();
   char* const ring =
       block_memory + sizeof(Shared<kRows>) + plan.lines * Activations<kRows>::kWarpsBytes;
-  constexpr int kThreads = Threads<kRows>::kCount;
   constexpr int kFinisherWarps = Threads<kRows>::kFinishers / 32;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   if (thread == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
-      BarrierInit(shared.full + s, plan.copiers);
+      BarrierInit(shared.full + s, 1);
       BarrierInit(shared.empty + s, kWarps);
     }
     BarrierInit(shared.finished, kFinisherWarps);
     BarrierInit(shared.finished + 1, kFinisherWarps);
+    BarrierInit(&shared.started, kRows);
     BarrierInitDone();
     shared.copied = 0;
   }
-  for (int i = thread * 16; i < plan.clear; i += kThreads * 16) {
+  for (int i = thread * 16; i < plan.clear; i += Threads<kRows>::kCount * 16) {
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   }
   if (plan.clear > 0) FenceForBulk();
   __syncthreads();
-  if (warp >= kWarps + kFinisherWarps) {
-    const int streamer = warp - kWarps - kFinisherWarps;
-    if (streamer < plan.copiers) {
-      Streamer<W, kRows>(plan, shared, ring, streamer).Run();
-      return;
-    }
-    ArriveAt<kThreads>(kStarted);
-  } else {
+  const int streamer = warp - kWarps - kFinisherWarps;
+  if (streamer >= 0 && streamer < plan.copiers) {
+    if (ElectLane()) Streamer<W, kRows>(plan, shared, ring, streamer).Run();
+    return;
+  }
+  if (streamer > plan.copiers) return;
+  if (streamer < 0) {
     WaitForGrid();
     ReadStep<W>(plan, shared);
     WaitAt<Threads<kRows>::kReaders>(kReaders);
-    ArriveAt<kThreads>(kStarted);
+    if (thread < kRows) BarrierArrive(&shared.started);  // who has read the rows
     ArriveAt<Threads<kRows>::kTold>(kTold);
     if (ActiveRows(shared) == 0) {
       if (plan.chooses == 0) return;
@@ -90,21 +89,25 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   }
   Thread<kRows> self = ThisThread<kRows>(plan, Role::kWorker);
   Unit unit;
-  const char* const first_key = FindUnit(self, FirstUnit(), &unit) ? FirstKey(self, unit) : nullptr;
+  const bool attends = FindUnit(self, FirstUnit(), &unit);
+  const char* const first_key = attends ? FirstKey(self, unit) : nullptr;
   // A copy of the code serves as many phases as it can, so that all stay in the instruction cache.
   int phase = kQkv;
 #pragma unroll 1
   for (int layer = 0; layer <= plan.layers;) {
     if (layer == plan.layers) phase = kHead;
+    // Where two warps copy for several rows, there is none that prefetches.
+    if (kRows > 1 && plan.copiers == 2 && phase == kQkv && self.warp == 0) {
+      PrefetchUnits(self, layer);
+    }
     const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer);
     if (phase == kAttention) {
-      WorkOnAttention<W>(self, first_key, layer);
+      WorkOnAttention<W>(self, attends, unit, first_key, layer);
     } else if (phase == kOut && plan.hidden <= kChunk) {
       WorkOnProduct<W, kRows, false, true>(self, phase, layer, epoch + 1u);
     } else if (phase == kOut || phase == kDown) {
       WorkOnProduct<W, kRows, false, false>(self, phase, layer, epoch + 1u);
     } else {
-      if (phase == kQkv) PrefetchUnit(self, unit, first_key, layer);
       const uint32_t inputs = epoch + (phase == kIn ? 1u : 0u);
       if (plan.hidden <= kChunk) {
         WorkOnProduct<W, kRows, true, true>(self, phase, layer, inputs);
@@ -159,8 +162,8 @@ int32_t LineBytes(int32_t rows) { return rows * Activations<1>::kWarpsBytes; }
 
 int32_t CeilOf(int32_t n, int32_t unit) { return (n + unit - 1) / unit; }
 
-Product MakeProduct(const PersistentProduct& from, DType dtype, int32_t in, int32_t out,
-                    int32_t blocks, int32_t first, int32_t round) {
+Product MakeProduct(Phase phase, const PersistentProduct& from, DType dtype, int32_t rows,
+                    int32_t in, int32_t out, int32_t blocks, int32_t first) {
   Product to = {};
   to.weights = static_cast<const char*>(from.weights);
   to.scales = static_cast<const char*>(from.scales);
@@ -176,7 +179,8 @@ Product MakeProduct(const PersistentProduct& from, DType dtype, int32_t in, int3
   to.tiles_left = tiles % blocks;
   to.first = first % blocks;
   to.chunks = CeilOf(in, kChunk);
-  to.round = round;
+  to.whole = to.chunks == 1 && phase != kDown ? 1 : 0;
+  to.round = StagesAtOnce(rows, false, phase == kOut && to.chunks == 1);
   return to;
 }
 
@@ -218,7 +222,6 @@ int32_t StageBytes(DType dtype) {
 bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   const int32_t rows = RowsOf(args.rows);
   const int32_t h = args.hidden, wide = args.intermediate;
-  const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   if (args.rows < 1 || args.rows > kPersistentRows || h <= 0 || args.layers <= 0) return false;
   if (args.dtype == DType::kFloat32 || blocks > kMaxBlocks) return false;
   if (args.stamps != nullptr && FASTGEN_CUDA_STAMPS == 0) return false;
@@ -227,16 +230,12 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   const int32_t head_size = h / args.heads;
   if (head_size % 8 != 0 || head_size > kMaxHeadSize) return false;
   if (h % kGroup != 0 || wide % kGroup != 0 || wide <= 0) return false;
-  // The bulk engine copies multiples of 16 bytes.
-  if (scaled && (ScaleStride(args.dtype, h) % 8 != 0 || ScaleStride(args.dtype, wide) % 8 != 0)) {
-    return false;
-  }
 
   *plan = Plan();
   const auto product = [&](Phase phase, const PersistentProduct& from, int32_t in, int32_t out,
                            int32_t first) {
-    const int32_t round = StagesAtOnce(rows, false, phase == kOut && h <= kChunk);
-    plan->products[phase] = MakeProduct(from, args.dtype, in, out, blocks, first, round);
+    plan->products[phase] =
+        MakeProduct(phase, from, args.dtype, rows, in, out, blocks, first);
     return plan->products[phase].first + plan->products[phase].tiles_left;
   };
   // Where tiles do not come out even, others have one more in the next product. The two that add to
@@ -269,9 +268,11 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
     const Product& p = plan->products[phase];
     layer_stages += (p.tiles_each + (p.tiles_left > 0 ? 1 : 0)) * p.chunks;
   }
-  // Copies of scaled rows are short: one warp does not get through them in time.
+  const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   plan->hurry = scaled || layer_stages > plan->stages ? 1 : 0;
-  plan->copiers = rows == 1 || plan->hurry != 0 ? 2 : 1;
+  plan->pace = plan->hurry != 0 ? 0 : 1050;
+  // Where rows are in chunks there are so many copies of scales that one warp would not get through them in time.
+  plan->copiers = scaled && narrow_chunks > 1 ? 2 : 1;
   if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);
 
   plan->layer_bytes = args.layer_bytes;

@@ -19,8 +19,8 @@ constexpr int32_t kPersistentTopK = 8;  // tokens that a step draws from, at mos
 // where sums_n = sum_k W_nk w_k, and bias_n has sum_k W_nk b_k in it: see FoldNorm in pack.h.
 struct PersistentProduct {
   const void* weights = nullptr;
-  const void* scales = nullptr;        // kInt8, kInt4: as Matrix has them
-  const float* bias = nullptr;         // [out]
+  const void* scales = nullptr;  // kInt8, kInt4: as Matrix has them, ScaleStride() (pack.h) apart
+  const float* bias = nullptr;   // [out]
   const float* norm_weight = nullptr;  // [in], or null: the input is not normed
   const float* sums = nullptr;         // [out], where the input is normed
 };

@@ -92,20 +92,26 @@ __device__ __forceinline__ int64_t ToLayer(const CacheLayout& cache, int layer) 
   return HeadOffset(cache, layer, 0, 0) * 2;
 }
 
-// Tells the L2 cache which keys and values the block will read first in this layer.
+// Brings the keys and values of the block's units that are in the cache into the L2 cache, by a warp.
 template <int kRows>
-__device__ __forceinline__ void PrefetchUnit(const Thread<kRows>& self, const Unit& unit,
-                                             const char* first_key, int layer) {
-  if (first_key == nullptr || self.lane % 8 != 0) return;
+__device__ __forceinline__ void PrefetchUnits(const Thread<kRows>& self, int layer) {
+  constexpr int kLine = 128;
   const CacheLayout& cache = self.plan.cache;
-  const int step = 32 / LanesOf(self.plan);  // positions of a load
-  const int loads = LoadsOf(self, unit);
-  const char* const at = first_key + ToLayer(cache, layer);
-#pragma unroll 4
-  for (int i = 0; i < loads; ++i) {
-    const char* const here = at + i * step * cache.head_stride * 2;
-    PrefetchToL2(here);
-    PrefetchToL2(here + ToValues(cache));
+  const int bytes = cache.head_stride * 2;  // of a position
+  Unit unit;
+#pragma unroll 1
+  for (int index = FirstUnit(); FindUnit(self, index, &unit);
+       index += static_cast<int>(gridDim.x)) {
+    const char* const* const pages = self.shared.rows[unit.row].pages;
+    const int end = (unit.end - (unit.newest ? 1 : 0)) * bytes;
+#pragma unroll 1
+    for (int at = unit.begin * bytes + self.lane * kLine; at < end; at += 32 * kLine) {
+      const int page = at / (kPage * bytes);
+      const char* const key =
+          pages[page] + HeadOffset(cache, layer, 0, unit.head) * 2 + at - page * (kPage * bytes);
+      PrefetchToL2(key);
+      PrefetchToL2(key + ToValues(cache));
+    }
   }
 }
 
@@ -404,15 +410,13 @@ __device__ __forceinline__ void MergeSplits(const Thread<kRows>& self, const Uni
   if (own) PublishAttended<W>(self, unit, epoch, x, sum);
 }
 
-// `first_key` is that of the block's first unit.
+// The block's first unit, if it is `there`, and the thread's first key of it.
 template <typename W, int kRows>
-__device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, const char* first_key,
-                                                int layer) {
+__device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, bool there, Unit unit,
+                                                const char* first_key, int layer) {
   using T = typename W::Element;
   self.Forget();
-  Unit unit;
   int index = FirstUnit();
-  bool there = FindUnit(self, index, &unit);
 #pragma unroll 1
   while (there) {
     self.StampNow(kAttention, layer, Stamp::kBegin);

@@ -22,7 +22,7 @@
 //
 // Weights are copied into the ring as its stages become free, which is in bursts, and what waits in the
 // queues of memory behind such a burst holds up the exchange. So another warp brings them into the L2
-// cache before, evenly.
+// cache before, evenly, and copies keep a pace, where the ring holds a layer.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -99,27 +99,20 @@ struct Int4 {
   static constexpr float kUnit = 16.0f;
 };
 
-// A stage: kTile rows of weights in two halves, each without gaps, so that a copy takes all of it where
-// rows are whole; the bulk engine takes about 50 cycles for a copy, however short. Lanes that read at
-// once have a row of each half, and these start 64 bytes apart among the banks. Scales follow.
+// A stage: kTile rows of weights, and their scales, without gaps where rows are whole, so that one copy takes all
+// of it; the bulk engine takes about 50 cycles for a copy, however short, and longer where it does not begin at
+// a multiple of 128 bytes. Lanes that read at once have 64 bytes of a row of even number and 64 of one of odd; for
+// these not to meet in the banks, those of odd rows read them the other way round, second before first, where they
+// have two.
 template <typename W>
 struct Stage {
+  static constexpr bool kSwaps = W::kLoads % 2 == 0;
   static constexpr int kWeightBytes = kChunk * W::kBits / 8;  // of a row, at most
   static constexpr int kScaleBytes = W::kScales > 0 ? kChunk / kGroup * 2 : 0;
-  static constexpr int kGap = 64;
-  static constexpr int kScalesAt = kTile * kWeightBytes + 2 * kGap;
+  static constexpr int kScalesAt = kTile * kWeightBytes;
   static constexpr int kBytes = kScalesAt + kTile * kScaleBytes;
+  static_assert(kBytes % 128 == 0, "stages begin at multiples of 128 bytes");
 };
-
-// Where a row of a stage begins, rows being `pitch` bytes long.
-__device__ __forceinline__ int RowAt(int row, int pitch) {
-  return row * pitch + (row >= kTile / 2 ? Stage<Half>::kGap : 0);
-}
-
-// The output of a tile that four lanes hold, group `group` of the warp.
-__device__ __forceinline__ int OutputOfGroup(int group) {
-  return group % 2 * (kTile / 2) + group / 2;
-}
 
 // What a lane reads of a stage.
 template <typename W>
@@ -152,6 +145,7 @@ struct Product {
   int32_t tiles_each, tiles_left;  // of a block; blocks that have one more
   int32_t first;
   int32_t chunks;
+  int32_t whole;           // rows lie in a stage as they do in the matrix
   int32_t round;           // stages that workers take at once
   int32_t source, target;  // pieces of the exchange where input and output begin
 };
@@ -167,11 +161,11 @@ struct Plan {
   uint4* exchange;
   uint32_t* state;  // epochs so far; blocks that are done
   int32_t stages;   // of the ring of weights
-  int32_t copiers;  // warps that copy, in turns if they have to hurry or in the head
-  // Whether all that waits for weights waits for their copies: the ring holds less than a layer, or
-  // copies are short. Else one warp copies, as weights need not come as fast as they can, and one
-  // prefetches them too, beside what is prefetched always, if there is a warp for it.
+  int32_t copiers;  // warps that copy, batches in turns
+  // Whether weights are copied as fast as they can be: the ring holds less than a layer, or copies are short. Else
+  // they are prefetched too, if there is a warp for it, and a layer's copies keep a pace.
   int32_t hurry;
+  uint32_t pace;  // cycles from stage to stage, at least
   int32_t lines;  // of activations, that a warp has for each row
   int32_t clear;  // bytes of the ring to be zeroed first: columns behind a row's end count as zero
   Matrix embedding;
@@ -210,7 +204,7 @@ struct alignas(16) Work {
   int32_t row_pieces;  // from row to row of the input
   const uint4* source;
   const float* gamma;          // of the first layer
-  int32_t pitch, scale_pitch;  // bytes from row to row in a stage
+  int32_t pitch, scale_pitch;  // bytes from row to row in a stage, where rows are whole
 };
 
 // The largest output of a row, and of equal ones the first: as numbers that a maximum orders so.
@@ -293,9 +287,10 @@ struct alignas(128) Shared {
   // Batches of stages: how many workers take at once.
   uint64_t full[kMaxStages];
   uint64_t empty[kMaxStages];
-  uint64_t finished[2];             // the buffer may be written again
-  uint8_t batch_of[2][kMaxStages];  // what each copying warp knows
-  int copied;  // layers whose first weights have been copied; beyond, what became of the step
+  uint64_t finished[2];              // the buffer may be written again
+  uint64_t started;                  // the step has been read
+  uint8_t stages_of[2][kMaxStages];  // of a batch; what each copying lane knows
+  int copied;  // layers whose first weights have been copied; one more when the head begins
   RowState rows[kRows];
   RowChoice choices[kRows];
   ChoiceSpace<kRows> choice, rehearsal;

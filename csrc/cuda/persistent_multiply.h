@@ -16,12 +16,16 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
+// With 16 bits a load is a fragment. What rows of odd number swap are neighbours among the loads, and with up to two
+// rows of activations fragments i and i + 2 are multiplied at once. Its own inverse.
+__host__ __device__ constexpr int FragmentOfLoad(int load) { return load % 2 * 2 + load / 2; }
+
 // Where four columns of a warp's are staged in a line, in units of 8 bytes: [fragment][4 lanes][8
 // columns], by the order in which a lane's 16 bytes of weights are multiplied.
 template <typename W>
 __device__ __forceinline__ int StagedPlace(int lane) {
   const int eight = lane / 2;
-  const int fragment = W::kBits == 16  ? eight / 4
+  const int fragment = W::kBits == 16  ? FragmentOfLoad(eight / 4)
                        : W::kBits == 8 ? eight / 8 * 2 + eight % 2
                                        : eight % 4;
   const int member = W::kBits == 16 ? eight % 4 : W::kBits == 8 ? eight / 2 % 4 : eight / 4;
@@ -107,8 +111,12 @@ __device__ __forceinline__ uint32_t ScaledPair(uint32_t pair, uint32_t minus, ui
 
 // Fragment i of what a lane has read, in numbers of 16 bits: float16 ones are built by their bits, as
 // 1024 + q.
-__device__ __forceinline__ uint4 Fragment(const Raw<Half>& raw, int i) { return raw.weights[i]; }
-__device__ __forceinline__ uint4 Fragment(const Raw<Brain>& raw, int i) { return raw.weights[i]; }
+__device__ __forceinline__ uint4 Fragment(const Raw<Half>& raw, int i) {
+  return raw.weights[FragmentOfLoad(i)];
+}
+__device__ __forceinline__ uint4 Fragment(const Raw<Brain>& raw, int i) {
+  return raw.weights[FragmentOfLoad(i)];
+}
 __device__ __forceinline__ uint4 Fragment(const Raw<Int8>& raw, int i) {
   const uint4& w = raw.weights[i / 2];
   const uint32_t low = (i % 2 == 0 ? w.x : w.z) ^ 0x80808080u;
@@ -139,7 +147,7 @@ __device__ __forceinline__ void MultiplyEight(float (&sums)[4], const uint4& upp
 }
 
 // Of one stage. Up to two rows: lanes hold output lane / 4 of row lane % 2, lane % 4 / 2 says which
-// half of the columns. More: of row lane % 4.
+// half of the columns; outputs of odd number have their halves swapped. More: of row lane % 4.
 template <typename W, int kRows>
 __device__ __forceinline__ float MultiplyOne(const Held& held, const uint4 (&x)[4], int lane) {
   using T = typename W::Element;
@@ -147,7 +155,9 @@ __device__ __forceinline__ float MultiplyOne(const Held& held, const uint4 (&x)[
   if (kRows <= 2) {
     MultiplyEight<T>(a, held.fragments[0], held.fragments[2], x[0]);
     MultiplyEight<T>(b, held.fragments[1], held.fragments[3], x[1]);
-    return lane % 4 < 2 ? (a[0] + a[1]) + (b[0] + b[1]) : (a[2] + a[3]) + (b[2] + b[3]);
+    const bool swapped = Stage<W>::kSwaps && lane / 4 % 2 != 0;
+    return (lane % 4 < 2) != swapped ? (a[0] + a[1]) + (b[0] + b[1])
+                                     : (a[2] + a[3]) + (b[2] + b[3]);
   }
   const uint4 none = make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -177,42 +187,68 @@ __device__ __forceinline__ void Pin(uint4& x) {
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
 }
 
-// The warp's part of the next batch of the ring, `count` stages.
-template <typename W, int kRows, int kHeld>
+// Loads in their order.
+template <typename W>
+__device__ __forceinline__ void SwapBack(bool swapped, Raw<W>* raw) {
+#pragma unroll
+  for (int i = 0; i + 1 < W::kLoads; i += 2) {
+    const uint4 first = raw->weights[i], second = raw->weights[i + 1];
+    raw->weights[i] = swapped ? second : first;
+    raw->weights[i + 1] = swapped ? first : second;
+  }
+#pragma unroll
+  for (int i = 0; i + 1 < W::kScales; i += 2) {
+    const uint32_t first = raw->scales[i], second = raw->scales[i + 1];
+    raw->scales[i] = swapped ? second : first;
+    raw->scales[i + 1] = swapped ? first : second;
+  }
+}
+
+// The warp's part of the next batch of the ring, `count` stages. `meanwhile` is done once they have been read, before
+// they are converted.
+template <typename W, bool kOneChunk, int kRows, int kHeld, typename Meanwhile>
 __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& work, int count,
-                                            Held (&held)[kHeld]) {
+                                            Held (&held)[kHeld], const Meanwhile& meanwhile) {
   BarrierWait(self.shared.full + self.batch, self.batch_parity);
-  const int output = OutputOfGroup(self.lane / 4);
-  const int at_weights =
-      RowAt(output, work.pitch) + self.warp * (kSpan * W::kBits / 8) + self.lane % 4 * 16;
-  const int at_scales =
-      Stage<W>::kScalesAt + output * work.scale_pitch + self.warp * (kSpan / kGroup) * 2;
+  const int output = self.lane / 4;
+  const int swap = Stage<W>::kSwaps ? output % 2 : 0;
+  const int at_weights = output * (kOneChunk ? work.pitch : Stage<W>::kWeightBytes) +
+                         self.warp * (kSpan * W::kBits / 8) + self.lane % 4 * 16;
+  const int at_scales = Stage<W>::kScalesAt +
+                        output * (kOneChunk ? work.scale_pitch : Stage<W>::kScaleBytes) +
+                        self.warp * (kSpan / kGroup) * 2;
   int stage = self.stage;
+  Raw<W> raw[kHeld];
   // Stages behind the batch are read as well, whatever is there: it costs less than not to.
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     if (j == count) self.stage = stage;
     const char* const from = self.ring + stage * Stage<W>::kBytes;
-    Raw<W> raw;
 #pragma unroll
     for (int i = 0; i < W::kLoads; ++i) {
-      raw.weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + i * 64);
+      raw[j].weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + (i ^ swap) * 64);
     }
 #pragma unroll
     for (int i = 0; i < W::kScales; ++i) {
       // A group of 32 columns each: two of a load's 64, or one of a lane's 32.
-      const int group = W::kBits == 8 ? i * 2 + self.lane % 4 / 2 : self.lane % 4;
-      const uint32_t scale = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
-      raw.scales[i] = scale | scale << 16;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      held[j].fragments[i] = Fragment(raw, i);
-      if (W::kScales > 0) Pin(held[j].fragments[i]);
+      const int group = W::kBits == 8 ? (i ^ swap) * 2 + self.lane % 4 / 2 : self.lane % 4;
+      raw[j].scales[i] = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
     }
     if (++stage == self.plan.stages) stage = 0;
   }
   if (count == kHeld) self.stage = stage;
+  meanwhile();
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+#pragma unroll
+    for (int i = 0; i < W::kScales; ++i) raw[j].scales[i] |= raw[j].scales[i] << 16;
+    if (Stage<W>::kSwaps && kRows > 2) SwapBack(swap != 0, &raw[j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      held[j].fragments[i] = Fragment(raw[j], i);
+      if (W::kScales > 0) Pin(held[j].fragments[i]);
+    }
+  }
 }
 
 // Lets the batch that has been taken be written over. What the warp has read of it may still be on its way:

@@ -74,8 +74,8 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
         product.norm_weight != nullptr ? product.in / kTile * kTileStride : product.in / 4;
     work.source = plan.exchange + product.source;
     work.gamma = product.norm_weight;
-    work.pitch = PitchOf<W>(product);
-    work.scale_pitch = ScalePitchOf<W>(product);
+    work.pitch = static_cast<int32_t>(product.row_bytes);
+    work.scale_pitch = static_cast<int32_t>(product.scale_bytes);
     shared.work[i - 64] = work;
   }
 }

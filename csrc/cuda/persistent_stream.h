@@ -1,8 +1,8 @@
-// The warps of the persistent kernel that stream weights: into shared memory, and into the L2 cache ahead
+// The warps of the persistent kernel that stream weights: one into shared memory, one into the L2 cache ahead
 // of that.
 #pragma once
 
-#include "cuda/persistent_thread.h"
+#include "cuda/persistent_attention.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -10,31 +10,22 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Bytes from row to row in a stage: whole rows lie as they do in the matrix.
-template <typename W>
-__device__ __forceinline__ int PitchOf(const Product& product) {
-  return product.chunks == 1 ? static_cast<int>(product.row_bytes) : Stage<W>::kWeightBytes;
-}
-template <typename W>
-__device__ __forceinline__ int ScalePitchOf(const Product& product) {
-  return product.chunks == 1 ? static_cast<int>(product.scale_bytes) : Stage<W>::kScaleBytes;
-}
-
 // What the first copying warp tells the prefetching one, beyond a step's layers.
-enum Beyond : int { kNothing = 1, kHeadBegins = 2 };
+constexpr int kHeadBegins = 1;
 
-// One of the warps that copy weights, in the order in which workers take them. All go through all
-// stages; each copies its own. They fill the ring before they know whether there is anything to do.
+// A lane that copies weights into the ring, in the order in which workers take them. Where there are two they take
+// turns, and each keeps count of all batches. They fill the ring before they know whether there is anything to do.
 template <typename W, int kRows>
 class Streamer {
  public:
-  __device__ __forceinline__ Streamer(const Plan& plan, Shared<kRows>& shared, char* ring, int warp)
+  __device__ __forceinline__ Streamer(const Plan& plan, Shared<kRows>& shared, char* ring,
+                                      int copier)
       : plan_(plan),
         shared_(shared),
         ring_(ring),
-        warp_(warp),
-        lane_(threadIdx.x % 32),
-        policy_(ReadOncePolicy()) {}
+        copier_(copier),
+        policy_(ReadOncePolicy()),
+        free_(plan.stages) {}
 
   __device__ __forceinline__ void Run() {
     int phase = kQkv, layer = 0;
@@ -42,8 +33,7 @@ class Streamer {
     for (;;) {
       const bool head = phase == kHead;
       if (!Stream(plan_.products[phase], head ? 0 : layer * plan_.layer_bytes,
-                  head || plan_.hurry != 0)) {
-        TellPrefetcher(plan_.layers + kNothing);
+                  head ? 0u : plan_.pace)) {
         return;
       }
       if (head) break;
@@ -52,146 +42,159 @@ class Streamer {
       if (phase == kHead && ++layer < plan_.layers) phase = kQkv;
       if (phase == kHead && started_) TellPrefetcher(plan_.layers + kHeadBegins);
     }
-    TellPrefetcher(plan_.layers + (started_ || Start() ? kHeadBegins : kNothing));
+    if (started_ || Start()) TellPrefetcher(plan_.layers + kHeadBegins);
   }
 
  private:
   __device__ __forceinline__ void TellPrefetcher(int copied) {
-    if (warp_ == 0 && lane_ == 0) atomicExch(&shared_.copied, copied);
+    if (copier_ == 0) atomicExch(&shared_.copied, copied);
   }
 
   // False where there is nothing to do.
   __device__ __forceinline__ bool Start() {
     started_ = true;
-    WaitAt<Threads<kRows>::kCount>(kStarted);
+    BarrierWait(&shared_.started, 0);
     if (ActiveRows(shared_) != 0) return true;
-    if (parity_ != 0) {  // every barrier has had a batch, and nothing of the next one was asked for
-      for (int i = 0; i < kMaxStages; ++i) BarrierWait(shared_.full + i, 0);
-      return false;
-    }
-    // The block may not end before what it has asked for is there. A batch that is not whole yet lacks
-    // the arrival that ends it.
-    if (left_ > 0 && lane_ == 0) BarrierArrive(shared_.full + batch_);
-    for (int i = 0; i < batch_ + (left_ > 0 ? 1 : 0); ++i) BarrierWait(shared_.full + i, 0);
+    // The block may not end before what it has asked for is there.
+    const int batches = wrapped_ ? kMaxStages : batch_;
+#pragma unroll 1
+    for (int i = 0; i < batches; ++i) BarrierWait(shared_.full + i, 0);
     return false;
   }
 
-  // With `split` the warps take turns, else the first one does it alone.
-  __device__ __forceinline__ bool Stream(const Product& product, int64_t behind, bool split) {
-    const int tiles = TilesOf(product);
+  // Stages for the next batch; false where there is nothing to do.
+  __device__ __forceinline__ bool Take(int count) {
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int first = OutputOf(product, tile);
-      const int outputs = min(kTile, product.out - first);
-      const char* const weights = product.weights + behind + first * product.row_bytes;
-      const char* const scales = product.scales + behind + first * product.scale_bytes;
+    while (free_ < count) {
+      if (!started_ && !Start()) return false;
+      BarrierWait(shared_.empty + oldest_, oldest_parity_);
+      free_ += shared_.stages_of[copier_][oldest_];
+      if (++oldest_ == kMaxStages) {
+        oldest_ = 0;
+        oldest_parity_ ^= 1u;
+      }
+    }
+    free_ -= count;
+    shared_.stages_of[copier_][batch_] = static_cast<uint8_t>(count);
+    return true;
+  }
+
+  __device__ __forceinline__ bool Stream(const Product& product, int64_t behind, uint32_t pace) {
+    const int tiles = TilesOf(product), chunks = product.chunks, round = product.round;
+    const int first = OutputOf(product, 0);
+    const char* from = product.weights + behind + first * product.row_bytes;
+    const char* scales = product.scales + behind + first * product.scale_bytes;
+    int outputs_left = product.out - first;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile += kRound) {
+      int chunk = 0;
       // Batches do not go beyond the end of a group of tiles.
-      const int group_left = (min(kRound, tiles - tile / kRound * kRound) - tile % kRound);
 #pragma unroll 1
-      for (int chunk = 0; chunk < product.chunks; ++chunk) {
-        if (left_ == 0) left_ = min(product.round, group_left * product.chunks - chunk);
-        if (taken_ == plan_.stages && !started_ && !Start()) return false;
+      for (int left = min(kRound, tiles - tile) * chunks; left > 0; left -= round) {
+        const int count = min(round, left);
+        if (!Take(count)) return false;
         uint64_t* const full = shared_.full + batch_;
-        if (taken_ == plan_.stages) {
-          // The batch that had the stage before.
-          const int before = shared_.batch_of[warp_][stage_];
-          BarrierWait(shared_.empty + before, before < batch_ ? parity_ : parity_ ^ 1u);
-          __syncwarp();  // all lanes have read it
+        const bool own = turn_ == copier_;
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          if (own) {
+            if (started_) Wait(pace);
+            Copy(product, from, scales, min(kTile, outputs_left), chunk, full);
+          }
+          if (++stage_ == plan_.stages) stage_ = 0;
+          if (++chunk == chunks) {
+            chunk = 0;
+            from += kTile * product.row_bytes;
+            scales += kTile * product.scale_bytes;
+            outputs_left -= kTile;
+          }
         }
-        if (lane_ == 0) shared_.batch_of[warp_][stage_] = static_cast<uint8_t>(batch_);
-        __syncwarp();
-        if ((split && plan_.copiers == 2 ? stage_ % 2 : 0) == warp_) {
-          Copy(product, outputs, chunk, weights, scales, full);
-        }
-        __syncwarp();  // what the barrier is to expect comes before the last arrival
-        taken_ = min(taken_ + 1, plan_.stages);
-        if (--left_ == 0 && lane_ == 0) BarrierArrive(full);
-        if (++stage_ == plan_.stages) stage_ = 0;
-        if (left_ == 0 && ++batch_ == kMaxStages) {
+        if (own) BarrierArrive(full);
+        if (++turn_ == plan_.copiers) turn_ = 0;
+        if (++batch_ == kMaxStages) {
           batch_ = 0;
-          parity_ ^= 1u;
+          wrapped_ = true;
         }
       }
     }
     return true;
   }
 
-  // Rows that are whole are copied in two halves, others one by one; scales alike.
-  __device__ __forceinline__ void Copy(const Product& product, int outputs, int chunk,
-                                       const char* weights, const char* scales, uint64_t* full) {
-    char* const stage = ring_ + stage_ * Stage<W>::kBytes;
-    if (product.chunks == 1) {
-      const auto row_bytes = static_cast<uint32_t>(product.row_bytes);
-      const auto scale_bytes = static_cast<uint32_t>(product.scale_bytes);
-      const uint32_t first = min(outputs, kTile / 2), second = outputs - first;
-      if (!ElectLane()) return;
-      BarrierExpect(full, outputs * (row_bytes + (W::kScales > 0 ? scale_bytes : 0u)));
-      BulkCopy(stage, weights, first * row_bytes, full, policy_);
-      if (W::kScales > 0) {
-        BulkCopy(stage + Stage<W>::kScalesAt, scales, outputs * scale_bytes, full, policy_);
-      }
-      if (second > 0) {
-        BulkCopy(stage + RowAt(kTile / 2, product.row_bytes), weights + first * row_bytes,
-                 second * row_bytes, full, policy_);
-      }
+  // Rows that are whole are copied at once, others one by one; scales alike.
+  __device__ __forceinline__ void Copy(const Product& product, const char* from, const char* scales,
+                                       uint32_t outputs, int chunk, uint64_t* full) {
+    char* const to = ring_ + stage_ * Stage<W>::kBytes;
+    char* const scales_to = to + Stage<W>::kScalesAt;
+    if (product.whole != 0) {
+      const uint32_t bytes = outputs * static_cast<uint32_t>(product.row_bytes);
+      const uint32_t scale_bytes =
+          W::kScales == 0 ? 0u : outputs * static_cast<uint32_t>(product.scale_bytes);
+      BarrierExpect(full, bytes + scale_bytes);
+      BulkCopy(to, from, bytes, full, policy_);
+      if (W::kScales > 0) BulkCopy(scales_to, scales, scale_bytes, full, policy_);
       return;
     }
     const int columns = min(kChunk, product.in - chunk * kChunk);
-    const uint32_t row_bytes = columns * W::kBits / 8u;
+    const uint32_t bytes = columns * W::kBits / 8u;
     // Up to a multiple of 16: rows of scales are that long.
     const uint32_t scale_bytes = W::kScales == 0 ? 0u : (columns / kGroup * 2u + 15u) / 16u * 16u;
-    const char* from = weights + chunk * Stage<W>::kWeightBytes;
-    const char* scales_from = scales + chunk * Stage<W>::kScaleBytes;
-    if (!ElectLane()) return;
-    BarrierExpect(full, outputs * (row_bytes + scale_bytes));
+    from += chunk * Stage<W>::kWeightBytes;
+    scales += chunk * Stage<W>::kScaleBytes;
+    BarrierExpect(full, outputs * (bytes + scale_bytes));
 #pragma unroll
     for (int row = 0; row < kTile; ++row) {
       if (row >= outputs) break;
-      BulkCopy(stage + RowAt(row, Stage<W>::kWeightBytes), from, row_bytes, full, policy_);
+      BulkCopy(to + row * Stage<W>::kWeightBytes, from, bytes, full, policy_);
       from += product.row_bytes;
       if (W::kScales == 0) continue;
-      BulkCopy(stage + Stage<W>::kScalesAt + row * Stage<W>::kScaleBytes, scales_from, scale_bytes,
-               full, policy_);
-      scales_from += product.scale_bytes;
+      BulkCopy(scales_to + row * Stage<W>::kScaleBytes, scales, scale_bytes, full, policy_);
+      scales += product.scale_bytes;
     }
+  }
+
+  // Until so many cycles after the last time.
+  __device__ __forceinline__ void Wait(uint32_t cycles) {
+    while (static_cast<uint32_t>(clock()) - last_ < cycles) __nanosleep(20);
+    last_ = static_cast<uint32_t>(clock());
   }
 
   const Plan& plan_;
   Shared<kRows>& shared_;
   char* const ring_;
-  const int warp_, lane_;
+  const int copier_;
   const uint64_t policy_;
   bool started_ = false;
-  int taken_ = 0;  // stages that have been used, up to all of them
-  int stage_ = 0, batch_ = 0, left_ = 0;
-  uint32_t parity_ = 0;  // of the batch
+  bool wrapped_ = false;       // all barriers have had a batch
+  int free_;                   // stages
+  int stage_ = 0, batch_ = 0;  // that come next
+  int turn_ = 0;               // whose batch that is
+  int oldest_ = 0;             // batch that has not been seen to be free
+  uint32_t oldest_parity_ = 0;
+  uint32_t last_ = 0;
 };
 
 // The warp that brings what a layer reads into the L2 cache while the layer before is worked on: biases and
-// the like, and weights without scales, of which the ring holds a layer.
+// the like, keys and values, and weights without scales, of which the ring holds a layer.
 template <int kRows>
 class Prefetcher {
  public:
   __device__ __forceinline__ Prefetcher(const Plan& plan, Shared<kRows>& shared)
       : plan_(plan), shared_(shared), lane_(threadIdx.x % 32) {}
 
-  // Until the head begins, and what has been read of the step is there; false where there is nothing to do.
+  // Until the head begins; false where there is nothing to do.
   __device__ __forceinline__ bool Run() {
-    const bool begins = RunLayers();
-    WaitAt<Threads<kRows>::kTold>(kTold);
-    return begins;
-  }
-
- private:
-  __device__ __forceinline__ bool RunLayers() {
 #pragma unroll 1
     for (int layer = 0; layer < plan_.layers; ++layer) {
-      if (layer > 0 && WaitFor(layer) == plan_.layers + kNothing) return false;
       const int64_t behind = layer * plan_.layer_bytes;
+      if (layer > 0) WaitFor(layer);
 #pragma unroll 1
       for (int phase = kQkv; phase < kHead; ++phase) {
         if (phase != kAttention) PrefetchVectors(plan_.products[phase], behind);
       }
+      // What has been read of the step.
+      if (layer == 0) WaitAt<Threads<kRows>::kTold>(kTold);
+      if (ActiveRows(shared_) == 0) return false;
+      PrefetchUnits(ThisThread<kRows>(plan_, Role::kPrefetcher), layer);
       // The first layer's go to the ring at once.
 #pragma unroll 1
       for (int phase = kQkv; phase < kHead && layer > 0 && plan_.hurry == 0; ++phase) {
@@ -199,21 +202,22 @@ class Prefetcher {
         if (phase != kAttention) Prefetch(product, TilesOf(product), behind);
       }
     }
-    if (WaitFor(plan_.layers) == plan_.layers + kNothing) return false;
+    WaitFor(plan_.layers);
     const Product& head = plan_.products[kHead];
     PrefetchVectors(head, 0);
     // Of the head, what the ring takes during the last layer, and what the cache holds beside that.
     if (plan_.hurry == 0) Prefetch(head, min(TilesOf(head), 2 * plan_.stages), 0);
-    return WaitFor(plan_.layers + kNothing) >= plan_.layers + kHeadBegins;
+    WaitFor(plan_.layers + kHeadBegins);
+    return true;
   }
 
-  // Until so many have been copied; what has been told then.
-  __device__ __forceinline__ int WaitFor(int copied) const {
-    int told = 0;
+ private:
+  // Until so many have been copied.
+  __device__ __forceinline__ void WaitFor(int copied) const {
     for (;;) {
+      int told = 0;
       if (lane_ == 0) told = atomicOr(&shared_.copied, 0);
-      told = __shfl_sync(0xffffffffu, told, 0);
-      if (told >= copied) return told;
+      if (__shfl_sync(0xffffffffu, told, 0) >= copied) return;
       __nanosleep(100);
     }
   }
@@ -254,7 +258,7 @@ class Prefetcher {
 
   __device__ __forceinline__ void Prefetch(const char* from, int64_t bytes) {
     constexpr int kBytes = 8192;       // at once
-    constexpr uint32_t kCycles = 400;  // at least from one to the next: the pace of memory, no more
+    constexpr uint32_t kCycles = 250;  // at least from one to the next: the pace of memory, no more
 #pragma unroll 1
     for (int64_t at = 0; at < bytes; at += kBytes) {
       while (static_cast<uint32_t>(clock()) - last_ < kCycles) __nanosleep(20);

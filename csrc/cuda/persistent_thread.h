@@ -10,7 +10,7 @@ namespace cuda {
 namespace persistent {
 
 // Numbers of the block's barriers.
-enum Barrier : int32_t { kAll, kReaders, kStarted, kTold, kFirstBuffer, kSecondBuffer, kChoosers };
+enum Barrier : int32_t { kAll, kReaders, kTold, kFirstBuffer, kSecondBuffer, kChoosers };
 
 template <typename T>
 __device__ __forceinline__ const T* Behind(const T* first, int64_t bytes) {

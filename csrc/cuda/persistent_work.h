@@ -128,7 +128,7 @@ class Multiplication {
     total_ = 0.0f;
     const int row = RowOf(self) % kRows;
     const int part = kRows <= 2 ? self.warp * 2 + self.lane % 4 / 2 : self.warp;
-    to_ = self.shared.partial[self.buffer][row * kTile + OutputOfGroup(self.lane / 4)] + part;
+    to_ = self.shared.partial[self.buffer][row * kTile + self.lane / 4] + part;
   }
   __device__ __forceinline__ int Count() const { return min(kHeld, left_); }
   __device__ __forceinline__ bool Done() const { return left_ <= 0; }
@@ -213,15 +213,29 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
     NormSums<kRows> norm;
     Inputs<W, kRows, kNormed, kOneChunk> inputs(
         self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
-    if (kNormed) norm.Prepare(self.shared, self.warp);
-    self.WaitForBuffer();
-    multiplication.Begin(self, work, min(kRound, work.tiles));
-    TakeWeights<W>(self, work, multiplication.Count(), held);
-    // With one row the next copy is worth more than asking at once; with several it is not.
-    if (kRows == 1) ReleaseWeights(self);
-    // Not before: what is asked for too early, most of the time, takes the weights' way for nothing.
-    inputs.Ask(self);
-    if (kRows > 1) ReleaseWeights(self);
+    const int tiles = min(kRound, work.tiles);
+    const auto prepare = [&] {
+      if (kNormed) norm.Prepare(self.shared, self.warp);
+      self.WaitForBuffer();
+      multiplication.Begin(self, work, tiles);
+    };
+    // Inputs are not asked for before: what is asked for too early, most of the time, takes the weights' way
+    // for nothing.
+    if (W::kScales > 0) {
+      const int stages = min(Multiplying::kHeld, kOneChunk ? tiles : tiles * work.chunks);
+      TakeWeights<W, kOneChunk>(self, work, stages, held, [&] {
+        prepare();
+        inputs.Ask(self);
+      });
+      ReleaseWeights(self);
+    } else {
+      prepare();
+      TakeWeights<W, kOneChunk>(self, work, multiplication.Count(), held, [] {});
+      // With one row the next copy is worth more than asking at once; with several it is not.
+      if (kRows == 1) ReleaseWeights(self);
+      inputs.Ask(self);
+      if (kRows > 1) ReleaseWeights(self);
+    }
     self.StampNow(phase, layer, Stamp::kWeights);
     // From here on all others wait.
     inputs.Stage(self, &norm, phase, layer);
@@ -235,7 +249,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
   for (int group = 0;;) {
     while (!multiplication.Done()) {
       Held held[Multiplying::kHeld];
-      TakeWeights<W>(self, work, multiplication.Count(), held);
+      TakeWeights<W, kOneChunk>(self, work, multiplication.Count(), held, [] {});
       ReleaseWeights(self);
       multiplication.Multiply(self, held);
     }
