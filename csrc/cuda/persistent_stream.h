@@ -1,5 +1,5 @@
-// The warps of the persistent kernel that stream weights: one into shared memory, one into the L2 cache ahead
-// of that.
+// The warps of the persistent kernel that stream weights: one or two into shared memory, one into the L2 cache
+// ahead of that.
 #pragma once
 
 #include "cuda/persistent_attention.h"
