@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     }
     BarrierInit(shared.finished, kFinisherWarps);
     BarrierInit(shared.finished + 1, kFinisherWarps);
-    BarrierInit(&shared.started, 1);
+    BarrierInit(&shared.started, kRows);
     BarrierInitDone();
     shared.copied = 0;
   }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
     WaitForGrid();
     ReadStep<W>(plan, shared);
     WaitAt<Threads<kRows>::kReaders>(kReaders);
-    if (thread == 0) BarrierArrive(&shared.started);
+    if (thread < kRows) BarrierArrive(&shared.started);
     ArriveAt<Threads<kRows>::kTold>(kTold);
     if (ActiveRows(shared) == 0) {
       if (plan.chooses == 0) return;
