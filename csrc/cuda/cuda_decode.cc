@@ -97,7 +97,7 @@ void CudaDevice::RunAhead(const int32_t* slots, size_t count, int32_t pending, f
 
 bool CudaDevice::IsFirst(int32_t index) const {
   const HostSlot& slot = slots_[static_cast<size_t>(index)];
-  return !slot.launched && slot.fed == slot.prompt_length && IsLong(index);
+  return slot.launched == 0 && slot.fed == slot.prompt_length && IsLong(index);
 }
 
 void CudaDevice::LaunchStepOfSlots(bool first) {
@@ -146,7 +146,7 @@ void CudaDevice::LaunchStepOfSlots(bool first) {
   for (const int32_t slot : step_slots_) {
     if (slot < 0) continue;
     slots_[static_cast<size_t>(slot)].ahead.Launched();
-    slots_[static_cast<size_t>(slot)].launched = true;
+    slots_[static_cast<size_t>(slot)].launched += 1;
   }
 }
 

@@ -66,6 +66,10 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
           "asking what attention can do");
     Check(LinearRowsSupported(weight_dtype_, config_.hidden_size, &packs_rows_),
           "asking for products of packed rows");
+    if (packs_rows_) {
+      Check(QkvAttentionSupported(weights_->layers().front().qkv, layout_, &joins_attention_),
+            "asking what attention can do");
+    }
     if (const CublasLt* library = CublasLt::Open(nullptr)) {
       multiplier_ = std::make_unique<Multiplier>(*library, stream_);
     }
@@ -240,6 +244,7 @@ void CudaDevice::ReserveLayer(int32_t rows) {
     space.parts = take(RoundUp(config_.hidden_size, kPartColumns) / kPartColumns, sizeof(float2));
   }
   space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a step");
+  space.places = DeviceMemory(static_cast<size_t>(rows) * sizeof(RowPlace), "the rows of a step");
   space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a step");
   space.rows = rows;
   DropGraphs();
@@ -518,7 +523,8 @@ void CudaDevice::LaunchStep(int32_t rows) {
     }
     return;
   }
-  auto found = graphs_.find(rows);
+  const auto key = std::make_pair(rows, JoinsAttention(rows));
+  auto found = graphs_.find(key);
   if (found == graphs_.end()) {
     cudaGraph_t graph = nullptr;
     Check(cudaGraphCreate(&graph, 0), "making a graph of a step");
@@ -538,7 +544,7 @@ void CudaDevice::LaunchStep(int32_t rows) {
 #endif
     cudaGraphDestroy(graph);
     Check(status, "making a graph of a step");
-    found = graphs_.emplace(rows, exec).first;
+    found = graphs_.emplace(key, exec).first;
   }
   Check(cudaGraphLaunch(found->second, stream_), "launching a step");
 }

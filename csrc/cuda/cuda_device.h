@@ -61,6 +61,9 @@ class CudaDevice {
   static constexpr int32_t kManyRows = 8192;
   static constexpr int32_t kLastRows = kManyRows / kShortPrompt;
   static constexpr int32_t kFewRows = 512;
+  // Rows, and tokens of each, up to which JoinsAttention may be.
+  static constexpr int32_t kJoinedRows = 8;
+  static constexpr int32_t kJoinedLength = 512;
   static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
 
   // What the host knows of a sequence.
@@ -69,7 +72,7 @@ class CudaDevice {
     bool keep_logits = false;
     int32_t prompt_length = 0;
     int32_t fed = 0;              // prompt tokens in the cache
-    bool launched = false;        // any of its steps
+    int32_t launched = 0;         // of its steps
     bool chosen_in_step = false;  // its options are those of a step that chooses
     AheadResults ahead;
     std::vector<char*> pages;
@@ -77,7 +80,7 @@ class CudaDevice {
   // float32 activations of a decode step, and of a prefill of few rows.
   struct LayerSpace {
     int32_t rows = 0;
-    DeviceMemory x, q, attended, wide, row_list, runs;
+    DeviceMemory x, q, attended, wide, row_list, places, runs;
     // Where rows travel as 16 bits, and what the next norm needs of x.
     DeviceMemory packed_x, packed_attended, packed_wide, parts;
   };
@@ -102,6 +105,9 @@ class CudaDevice {
   void LaunchForward(int32_t rows);
   // The same where products take rows as 16 bits, between the embedding and the logits.
   void LaunchPackedForward(int32_t rows);
+  // Whether attention and the product before it are one kernel in the step of step_slots_: the same bits,
+  // sooner where they wait for each other, later where there is much to read.
+  bool JoinsAttention(int32_t rows) const;
   DecodeAttentionArgs Attention(int32_t rows) const;
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).
@@ -195,9 +201,10 @@ class CudaDevice {
   std::vector<int32_t> step_slots_;
   std::vector<float*> step_logits_;
   PrefillSpace prefill_space_;
-  std::map<int32_t, cudaGraphExec_t> graphs_;  // by rows
-  bool packs_rows_ = false;                    // in steps that are not one kernel
-  PersistentArgs persistent_;                  // but for what a step brings
+  std::map<std::pair<int32_t, bool>, cudaGraphExec_t> graphs_;  // by rows and JoinsAttention
+  bool packs_rows_ = false;                                     // in steps that are not one kernel
+  bool joins_attention_ = false;  // with its input, in steps of few packed rows
+  PersistentArgs persistent_;     // but for what a step brings
   // Whether steps of so many rows can run so, and choose tokens.
   bool persistent_rows_[kPersistentRows + 1] = {};
   bool persistent_chooses_[kPersistentRows + 1] = {};

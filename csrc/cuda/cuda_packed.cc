@@ -1,4 +1,6 @@
 // Decode steps whose rows travel between products as 16 bits (LinearRows).
+#include <algorithm>
+
 #include "cuda/cuda_device.h"
 
 namespace fastgen::cuda {
@@ -20,6 +22,15 @@ LinearRowsArgs CudaDevice::PackedProduct(const Matrix& w, const PackedRows& x, i
   LinearRowsArgs args = ProductArgs<LinearRowsArgs>(w, rows, epilogue);
   args.x = x;
   return args;
+}
+
+bool CudaDevice::JoinsAttention(int32_t rows) const {
+  if (!joins_attention_ || rows > kJoinedRows) return false;
+  return std::all_of(step_slots_.begin(), step_slots_.end(), [this](int32_t index) {
+    if (index < 0) return true;
+    const HostSlot& slot = slots_[static_cast<size_t>(index)];
+    return slot.prompt_length + slot.launched <= kJoinedLength;
+  });
 }
 
 void CudaDevice::LaunchPackedForward(int32_t rows) {
@@ -46,13 +57,17 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
   embedding.packed = x;
   embedding.weight = weights_->layers().front().norm1.weight;
   embedding.dtype = weight_dtype_;
+  embedding.places = s.places.as<RowPlace>();
   Check(Embed(embedding, stream_), "launching the embedding");
+  const bool joined = JoinsAttention(rows);
   DecodeAttentionArgs attention = Attention(rows);
-  if (attention.plan) attention.packed = attended.data;
-  Check(PlanDecodeAttention(attention, stream_), "planning attention");
   PiecesAhead second_layer;
-  attention.layer = 1;
-  Check(DecodePiecesAhead(attention, &second_layer), "planning attention");
+  if (!joined) {
+    if (attention.plan) attention.packed = attended.data;
+    Check(PlanDecodeAttention(attention, stream_), "planning attention");
+    attention.layer = 1;
+    Check(DecodePiecesAhead(attention, &second_layer), "planning attention");
+  }
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearRowsArgs qkv = PackedProduct(layer.qkv, x, rows, Epilogue::kQkv);
@@ -60,12 +75,22 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     qkv.y = s.q.as<float>();
     qkv.ldy = hidden_stride_;
     qkv.layer = i;
-    Check(LinearRows(qkv, stream_), "launching the attention's input");
-    attention.layer = i;
-    // The first one waits for the plan and for all that earlier steps wrote; the others rely on it.
-    attention.overlap = i > 0;
-    Check(DecodeAttention(attention, stream_), "launching attention");
-    if (!attention.packed) {
+    qkv.places = s.places.as<RowPlace>();
+    // The first one waits for the embedding, and for all that earlier steps wrote; the others rely on it.
+    qkv.overlap = i > 0;
+    if (joined) {
+      QkvAttentionArgs both;
+      both.qkv = qkv;
+      both.packed = attended.data;
+      both.ld = attended.stride;
+      Check(QkvAttention(both, stream_), "launching attention");
+    } else {
+      Check(LinearRows(qkv, stream_), "launching the attention's input");
+      attention.layer = i;
+      attention.overlap = i > 0;  // so does this one for the plan
+      Check(DecodeAttention(attention, stream_), "launching attention");
+    }
+    if (!joined && !attention.packed) {
       PackRowsArgs pack;
       pack.x = s.attended.as<float>();
       pack.ldx = hidden_stride_;

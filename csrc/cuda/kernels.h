@@ -97,6 +97,9 @@ struct LinearRowsArgs {
   const Slot* slots = nullptr;
   CacheLayout cache;
   int32_t layer = 0;
+  const RowPlace* places =
+      nullptr;  // of row_list, as Embed writes them: read before the kernel before
+                // has ended, as row_list; null: found out from it
   PiecesAhead ahead;
   bool overlap = false;
   int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
@@ -108,6 +111,25 @@ cudaError_t LinearRowsSupported(DType weights, int32_t normed_columns, bool* sup
 
 // The bits of a row's result depend on the row and on w alone, but for `cluster`.
 cudaError_t LinearRows(const LinearRowsArgs& args, cudaStream_t stream);
+
+// ---- qkv_attention.cu: the product before attention, and attention, as one kernel ---------------
+
+struct QkvAttentionArgs {
+  LinearRowsArgs qkv;  // kQkv; rows are the newest tokens of different slots; y is not used
+  void* packed =
+      nullptr;     // [rows, ld]: what attention gives, of the weights' type, as in PackedRows;
+                   // zeros for rows without a token
+  int64_t ld = 0;  // a multiple of 8
+};
+
+// Whether there can be such a kernel: weights and cache of the same 16 bits, heads of 64 numbers, as many
+// columns of weights as have room in shared memory.
+cudaError_t QkvAttentionSupported(const Matrix& w, const CacheLayout& cache, bool* supported);
+
+// The bits are those of LinearRows and DecodeAttention. With `overlap` the kernel may
+// start before the kernel before it in the stream has ended, and reads page tables and the cache but for
+// each row's own position, as DecodeAttention does.
+cudaError_t QkvAttention(const QkvAttentionArgs& args, cudaStream_t stream);
 
 // Packs rows of float32.
 struct PackRowsArgs {
@@ -138,6 +160,7 @@ struct EmbedArgs {
   PackedRows packed;
   const float* weight = nullptr;
   DType dtype = DType::kFloat16;
+  RowPlace* places = nullptr;  // [rows] or null: written for QkvAttention and LinearRows
 };
 cudaError_t Embed(const EmbedArgs& args, cudaStream_t stream);
 

@@ -86,15 +86,6 @@ struct Supply {
   }
 };
 
-// The products of a chunk, whose tiles are at descriptors a and b.
-template <typename Element, int kRows>
-__device__ __forceinline__ void MultiplyChunk(uint64_t a, uint64_t b, float (&sums)[kRows / 2]) {
-#pragma unroll
-  for (int k = 0; k < kChunkColumns / 16; ++k) {
-    WarpgroupProduct<Element, kRows>::Add(sums, a + 2 * k, b + 2 * k);
-  }
-}
-
 // The products of the block's share.
 template <typename Element, int kRows>
 __device__ __forceinline__ void MultiplyShare(const RowsPlan& plan, Barriers& barriers,
@@ -183,10 +174,6 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   // What no kernel writes is read before the kernel before has ended.
   const Outputs outputs = OutputsOf<kEpilogue>(plan, tile * kTileOutputs + FirstOutput(lane));
   CachePlace* const places = reinterpret_cast<CachePlace*>(shared + plan.places_at);
-  if (kEpilogue == Epilogue::kQkv && thread < 2 * my_pairs) {
-    const int32_t row = RowOf(plan, rank, thread);
-    if (row < rows) places[thread] = PlaceOf(args.row_list[first_row + row], args.slots);
-  }
   NormSums* const norms = reinterpret_cast<NormSums*>(shared + plan.norms_at);
   const char* const sums_from = shared + plan.sums_at + lane * 16;
   float residual[kLaneOutputs] = {};
@@ -207,10 +194,22 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   };
   __syncthreads();
   LetNextGridStart();
-  if (blocks > 1) {
-    ClusterArrive();
-    ClusterWait();
+  if (blocks > 1) ClusterArrive();
+  // Nobody but the warp waits for what it reads, which may be one read after another.
+  if (kEpilogue == Epilogue::kQkv && warp == kWarps - 1) {
+#pragma unroll 1
+    for (int32_t local = lane; local < 2 * my_pairs; local += 32) {
+      const int32_t row = RowOf(plan, rank, local);
+      if (row >= rows) continue;
+      if (args.places != nullptr) {
+        const RowPlace& place = args.places[first_row + row];
+        places[local] = CachePlace{place.page, place.in_page};
+      } else {
+        places[local] = PlaceOf(args.row_list[first_row + row], args.slots);
+      }
+    }
   }
+  if (blocks > 1) ClusterWait();
   WaitForGrid();
 
   if (warp == kSupplyWarp) {
@@ -220,7 +219,11 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   read_residual(warp);
   if (warp > kSupplyWarp) {
     if (args.norm_sums != nullptr) {
-      ReadNorms(plan, first_row, rows, rank, 2 * my_pairs, warp, lane, norms);
+      const auto row_of = [&](int32_t local) {
+        const int32_t row = RowOf(plan, rank, local);
+        return row < rows ? first_row + row : -1;
+      };
+      ReadNorms(args, plan.inverse_in, row_of, 2 * my_pairs, warp, lane, norms);
     }
     if (warp == kWarps - 1) PrefetchPieces(args.ahead, lane);
   } else if (warp < kSupplyWarp) {
@@ -308,8 +311,6 @@ constexpr int64_t kSharedBytes = 112 * 1024;
 constexpr int32_t kMaxClusterBits = 3;
 constexpr int32_t kFixedBytes = 1024;  // of shared memory, for barriers, at most
 
-// Columns are cut where there are few tiles of outputs, so that there are about as many blocks as
-// multiprocessors in the devices that have this kernel.
 int32_t ClusterBits(const Matrix& w) {
   constexpr int32_t kBlocks = 160;
   const int32_t tiles = Quotient(w.out, kTileOutputs);

@@ -42,6 +42,11 @@ struct RowsPlan {
   int32_t rows_at, sums_at, norms_at, places_at;
 };
 
+// log2 of the shares that columns are cut into, each of which is summed apart: more where there are few
+// tiles of outputs, so that there are about as many blocks as multiprocessors in the devices that have
+// these kernels.
+int32_t ClusterBits(const Matrix& w);
+
 #if FASTGEN_ARCH_HAS_WARPGROUP
 
 // The first output of a lane in a tile, and which of its outputs is how much further.
@@ -252,28 +257,27 @@ __device__ __forceinline__ int32_t RowOf(const RowsPlan& plan, int32_t rank, int
 }
 
 // What the norm does to a block's rows, to `norms`; by the warps from kSupplyWarp + 1 on. A row is four
-// lanes'.
-__device__ __forceinline__ void ReadNorms(const RowsPlan& plan, int32_t first_row, int32_t rows,
-                                          int32_t rank, int32_t locals, int32_t warp, int32_t lane,
-                                          NormSums* norms) {
+// lanes'. `row_of(local)` is the row in `args.x` of the block's row `local`, below 0 where there is none.
+template <typename RowOfLocal>
+__device__ __forceinline__ void ReadNorms(const LinearRowsArgs& args, float inverse_in,
+                                          const RowOfLocal& row_of, int32_t locals, int32_t warp,
+                                          int32_t lane, NormSums* norms) {
   constexpr int kReaders = kWarps - kSupplyWarp - 1;
   constexpr int kPartsAtOnce = 4;  // that a lane reads
-  const LinearRowsArgs& args = plan.args;
   const int32_t size = args.w.in;
   const int32_t parts = (size + kPartColumns - 1) / kPartColumns;
 #pragma unroll 1
   for (int32_t first = (warp - kSupplyWarp - 1) * 8; first < locals; first += 8 * kReaders) {
     const int32_t local = first + lane / 4;
-    const bool there = local < locals && RowOf(plan, rank, local) < rows;
-    const float2* const row =
-        args.x.parts + (first_row + (there ? RowOf(plan, rank, local) : 0)) * args.x.part_stride;
+    const int32_t row = local < locals ? row_of(local) : -1;
+    const float2* const from = args.x.parts + max(row, 0) * args.x.part_stride;
     PartSums sums;
-    sums.pivot = __ldcg(&row->x);
+    sums.pivot = __ldcg(&from->x);
 #pragma unroll 1
     for (int32_t part = lane % 4; part < parts; part += 4 * kPartsAtOnce) {
       float2 read[kPartsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kPartsAtOnce; ++i) read[i] = __ldcg(row + min(part + 4 * i, parts - 1));
+      for (int i = 0; i < kPartsAtOnce; ++i) read[i] = __ldcg(from + min(part + 4 * i, parts - 1));
 #pragma unroll
       for (int i = 0; i < kPartsAtOnce; ++i) {
         const int32_t left = size - (part + 4 * i) * kPartColumns;
@@ -285,9 +289,16 @@ __device__ __forceinline__ void ReadNorms(const RowsPlan& plan, int32_t first_ro
       sums.sum += __shfl_xor_sync(0xffffffffu, sums.sum, offset);
       sums.squares += __shfl_xor_sync(0xffffffffu, sums.squares, offset);
     }
-    if (there && lane % 4 == 0) {
-      norms[local] = sums.Norm(plan.inverse_in, args.eps);
-    }
+    if (row >= 0 && lane % 4 == 0) norms[local] = sums.Norm(inverse_in, args.eps);
+  }
+}
+
+// The products of a chunk, whose tiles are at descriptors a and b.
+template <typename Element, int kRows>
+__device__ __forceinline__ void MultiplyChunk(uint64_t a, uint64_t b, float (&sums)[kRows / 2]) {
+#pragma unroll
+  for (int k = 0; k < kChunkColumns / 16; ++k) {
+    WarpgroupProduct<Element, kRows>::Add(sums, a + 2 * k, b + 2 * k);
   }
 }
 

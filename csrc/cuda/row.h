@@ -138,6 +138,17 @@ __device__ inline CachePlace PlaceOf(const Row& row, const Slot* slots) {
   return place;
 }
 
+__device__ inline RowPlace WholePlaceOf(const Row& row, const Slot* slots) {
+  RowPlace place = {nullptr, nullptr, 0, 0};
+  const int32_t position = PositionOf(row, slots);
+  if (position < 0) return place;
+  place.pages = slots[row.slot].pages;
+  place.page = place.pages[position / kPage];
+  place.in_page = position % kPage;
+  place.length = position + 1;
+  return place;
+}
+
 // Index in its page of the first element of a head's key (kind 0) or value (kind 1).
 __device__ inline int64_t PageIndex(const CacheLayout& cache, int32_t layer, int32_t kind,
                                     int32_t head, int32_t in_page) {

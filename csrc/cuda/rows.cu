@@ -49,6 +49,9 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
   const int32_t position = PositionOf(row, args.slots);
   float* out = args.out + blockIdx.x * args.ldo;
   const int32_t size = args.table.in;
+  if (args.places != nullptr && threadIdx.x == 0) {
+    args.places[blockIdx.x] = WholePlaceOf(row, args.slots);
+  }
   const int32_t token = position < 0 ? 0 : args.slots[row.slot].tokens[position];
   const float* places = args.positions + position * args.position_stride;
   for (int32_t k = threadIdx.x; k * 4 < args.ldo; k += kThreads) {

@@ -79,6 +79,14 @@ struct Row {
       position;  // of the token in Slot::tokens; -1: the newest one, unless the slot has finished
 };
 
+// Where a row's token stands: what Row, Slot and the table of pages say, in one read.
+struct RowPlace {
+  char* const* pages;  // of the slot
+  char* page;          // of the row's own position; null where there is no token
+  int32_t in_page;     // its position there
+  int32_t length;      // positions up to its own; 0 where there is no token
+};
+
 // A page of the KV cache: [layers][keys, values][heads][kPage][head_stride] elements of `dtype`.
 struct CacheLayout {
   DType dtype = DType::kFloat16;  // kFloat32, kFloat16 or kBFloat16

@@ -210,6 +210,23 @@ class Cache:
         """Copies `host_slots` to the device."""
         self.slots = Array(np.frombuffer(bytes(self.host_slots), np.uint8))
 
+    def places(self, rows: Sequence[tuple[int, int]]) -> Array:
+        """RowPlace of each row (slot, position), as Embed writes them."""
+        places = (ops.RowPlace * len(rows))()
+        for place, (slot, position) in zip(places, rows):
+            if slot < 0 or (position < 0 and self.host_slots[slot].finished):
+                continue
+            at = position if position >= 0 else self.host_slots[slot].length - 1
+            page = self._pages[slot][at // ops.PAGE].ptr
+            table = self._tables[slot].ptr
+            place.pages, place.page, place.in_page, place.length = (
+                table,
+                page,
+                at % ops.PAGE,
+                at + 1,
+            )
+        return Array(np.frombuffer(bytes(places), np.uint8))
+
     def get(self, slot: int) -> np.ndarray:
         """[layers, 2, heads, positions, head_stride] as float64."""
         pages = [decode(page.get()) for page in self._pages[slot]]

@@ -14,6 +14,9 @@ FASTGEN_OP(linear, LinearArgs) {
 FASTGEN_OP(linear_rows, LinearRowsArgs) {
   return fastgen::cuda::LinearRows(*args, static_cast<cudaStream_t>(stream));
 }
+FASTGEN_OP(qkv_attention, QkvAttentionArgs) {
+  return fastgen::cuda::QkvAttention(*args, static_cast<cudaStream_t>(stream));
+}
 FASTGEN_OP(pack_rows, PackRowsArgs) {
   return fastgen::cuda::PackRows(*args, static_cast<cudaStream_t>(stream));
 }
@@ -55,6 +58,11 @@ extern "C" __attribute__((visibility("default"))) int fastgen_op_rows_supported(
                                                                                 bool* supported) {
   return fastgen::cuda::LinearRowsSupported(static_cast<fastgen::cuda::DType>(dtype), columns,
                                             supported);
+}
+
+extern "C" __attribute__((visibility("default"))) int fastgen_op_qkv_attention_supported(
+    const fastgen::cuda::Matrix* w, const fastgen::cuda::CacheLayout* cache, bool* supported) {
+  return fastgen::cuda::QkvAttentionSupported(*w, *cache, supported);
 }
 
 extern "C" __attribute__((visibility("default"))) int fastgen_op_decode_plan_bytes(

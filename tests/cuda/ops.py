@@ -131,10 +131,19 @@ class LinearRowsArgs(ctypes.Structure):
         ("slots", _ptr),
         ("cache", CacheLayout),
         ("layer", _i32),
+        ("places", _ptr),
         ("ahead", PiecesAhead),
         ("overlap", ctypes.c_bool),
         ("cluster", _i32),
     ]
+
+
+class RowPlace(ctypes.Structure):
+    _fields_ = [("pages", _ptr), ("page", _ptr), ("in_page", _i32), ("length", _i32)]
+
+
+class QkvAttentionArgs(ctypes.Structure):
+    _fields_ = [("qkv", LinearRowsArgs), ("packed", _ptr), ("ld", _i64)]
 
 
 class PackRowsArgs(ctypes.Structure):
@@ -164,6 +173,7 @@ class EmbedArgs(ctypes.Structure):
         ("packed", PackedRows),
         ("weight", _ptr),
         ("dtype", _i32),
+        ("places", _ptr),
     ]
 
 
@@ -338,6 +348,16 @@ class Library:
         )
         if status != 0:
             raise RuntimeError(f"rows_supported: CUDA error {status}")
+        return supported.value
+
+    def qkv_attention_supported(self, w: Matrix, cache: CacheLayout) -> bool:
+        """Whether attention and the product before it can be one kernel."""
+        supported = ctypes.c_bool()
+        status = self._library.fastgen_op_qkv_attention_supported(
+            ctypes.byref(w), ctypes.byref(cache), ctypes.byref(supported)
+        )
+        if status != 0:
+            raise RuntimeError(f"qkv_attention_supported: CUDA error {status}")
         return supported.value
 
     def decode_plan_bytes(self, rows: int, cache: CacheLayout) -> int:

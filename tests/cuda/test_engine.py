@@ -170,6 +170,26 @@ def test_rows_do_not_depend_on_each_other(dtype: str) -> None:
             assert error < (1e-30 if dtype == "float32" else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_joined_attention_gives_the_same(dtype: str) -> None:
+    """Steps of up to 8 rows, where up to 512 tokens attention is one kernel with its input."""
+    shape = GPTShape(503, 640, 512, 2, 8, 2048)
+    tensors = make_tensors(shape, WeightRecipe(7))
+    options = GenerationOptions(max_length=12, eos_token_id=-1)
+    prompts = [prompt(shape, length, length) for length in (505, 3, 64, 511, 130, 507)]
+    others = [prompt(shape, 20 + i, i) for i in range(6)]
+    with (
+        EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda,
+        kernels_only(),
+    ):
+        together = cuda.generate(prompts + others, options, keep_logits=True)
+        few = cuda.generate(prompts, options, keep_logits=True)
+        quiet = cuda.generate(prompts, options)  # from graphs
+    for one, other, third in zip(few, together, quiet):
+        assert one.tokens == other.tokens == third.tokens
+        assert (logits_of(one) == logits_of(other)).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int4"])
 @pytest.mark.parametrize(
     "shape",

@@ -148,8 +148,9 @@ def test_clusters(library: ops.Library, cluster: int, in_: int, out: int) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("heads", "head_size"), [(4, 64), (3, 20), (5, 9)])
+@pytest.mark.parametrize("placed", [False, True])
 def test_qkv(
-    library: ops.Library, dtype: str, cache_dtype: str, heads: int, head_size: int
+    library: ops.Library, dtype: str, cache_dtype: str, heads: int, head_size: int, placed: bool
 ) -> None:
     rng = np.random.default_rng(8)
     width = heads * head_size
@@ -165,6 +166,9 @@ def test_qkv(
     x = rng.standard_normal((len(rows), width)).astype(np.float32)
     device_rows = row_list(rows)
     more: dict[str, Any] = {"row_list": device_rows.ptr, "slots": cache.slots.ptr}
+    places = cache.places(rows)
+    if placed:
+        more = {"places": places.ptr}
     y = np.full((len(rows), 3 * width), -5.0, np.float32)
     got, _ = run(library, w, x, ops.QKV, norm, y, cache=cache.layout, layer=1, **more)
     exact = norm.apply(x) @ w.values.T + w.bias

@@ -40,12 +40,16 @@ def test_embed(library: ops.Library, dtype: str, hidden: int) -> None:
     for slot, ids, length in zip(slots, device_tokens, (12, 5, 7)):
         slot.length, slot.tokens = length, ids.ptr
     slots[2].finished = 1
+    tables = [Array(np.array([1000 + slot], np.uint64)) for slot in range(3)]
+    for slot, page_table in zip(slots, tables):
+        slot.pages = page_table.ptr
     device_slots = Array(np.frombuffer(bytes(slots), np.uint8))
     rows = [(0, -1), (1, -1), (2, -1), (-1, -1), (0, 0), (2, 3), (-1, 4)]
     at = [(0, 11), (1, 4), None, None, (0, 0), (2, 3), None]
     device_rows = row_list(rows)
     ldo = round_up(hidden, 8) + 8
     out = Array(np.full((len(rows), ldo), 7.0, np.float32))
+    places = Array(np.full(len(rows) * 24, 0xEE, np.uint8))
     args = ops.EmbedArgs(
         table.matrix,
         device_positions.ptr,
@@ -55,8 +59,16 @@ def test_embed(library: ops.Library, dtype: str, hidden: int) -> None:
         len(rows),
         out.ptr,
         ldo,
+        places=places.ptr,
     )
     library.call("embed", args)
+    for row, place in enumerate(at):
+        got_place = ops.RowPlace.from_buffer_copy(places.get().tobytes(), row * 24)
+        seen = (got_place.pages, got_place.page, got_place.in_page, got_place.length)
+        if place is None:
+            assert seen == (None, None, 0, 0)
+        else:
+            assert seen == (tables[place[0]].ptr, 1000 + place[0], place[1], place[1] + 1)
     want = np.zeros((len(rows), ldo))
     for row, place in enumerate(at):
         if place is not None:

@@ -1,0 +1,479 @@
+// QkvAttention: a decode step's product before attention, and attention, as one kernel of sm_90a, for up to
+// eight rows of short contexts. A cluster of eight blocks has a head. Six of them multiply, each a half of the
+// columns by the head's queries, keys or values, as the blocks of linear_rows.cu do, and send every row's
+// sums to one block, which finishes the row and attends with it. So what a product and attention say to each
+// other goes through shared memory, not through a kernel's end, and pages of the cache come while weights are
+// multiplied.
+//
+// A block's shared memory holds weights and rows, what comes from other blocks, and pages: a few from the
+// start, more in the place of the weights once these have been multiplied. Warps attend as in
+// attention_decode_stream.cu, a part of the row at a time, each with a ring of pages of its own. The bits of
+// a row's result are those of LinearRows and DecodeAttention.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/attention_decode.h"
+#include "cuda/attention_decode_worker.h"
+#include "cuda/linear_rows.h"
+
+namespace fastgen {
+namespace cuda {
+namespace qkv_attention {
+
+using linear_rows::kChunkColumns;
+using linear_rows::kSupplyWarp;
+using linear_rows::kThreads;
+using linear_rows::kTileOutputs;
+using linear_rows::kWarps;
+using linear_rows::kWeightBytes;
+
+constexpr int kRows = 8;                 // of a cluster: one of each block
+constexpr int kBlocks = kRows;           // of a cluster
+constexpr int kHeadSize = kTileOutputs;  // so queries, keys and values of a head are a tile each
+constexpr int kTiles = 3;
+constexpr int kUnits = kTileOutputs / 2;  // of a tile: two outputs, 8 apart, that a lane has of a row
+constexpr int kSumBytes = kUnits * 2 * 4;  // of a tile and a row, of a share of the columns
+constexpr int kRowChunkBytes = kRows * kChunkColumns * 2;
+constexpr int kPositionBytes = kHeadSize * 2;
+constexpr int kPageBytes = kPage * kPositionBytes;  // of keys or values
+constexpr int kSlotBytes = 2 * kPageBytes;          // a page's keys, then its values
+constexpr int kMostSlots = 32;
+constexpr int kResultBytes = kDecodeParts * (kHeadSize + 2) * 4;
+static_assert(kBlocks <= linear_rows::kMaxBlocks, "as clusters are asked for");
+static_assert(kResultBytes % 16 == 0, "slots lie behind");
+
+struct AttendPlan {
+  TensorMap weights, rows;
+  QkvAttentionArgs args;
+  float query_factor;   // 1 / sqrt(head_size)
+  float inverse_in;     // 1 / columns
+  int32_t chunks;       // of a row
+  int32_t most_chunks;  // of these, a block's
+  int32_t share_bits;   // log2 of the shares that are summed apart, as in LinearRows
+  bool whole;           // rows are whole chunks
+  int32_t early_slots, slots;   // that pages come to from the start, and in all
+  int64_t layer_at, values_at;  // bytes from a page to the layer's keys, and from these to values
+  // Offsets in shared memory, where weights come first, and later results and then late slots.
+  int32_t rows_at, sums_at, slots_at;
+};
+
+#if FASTGEN_ARCH_HAS_WARPGROUP
+
+constexpr int kMultiplying = 2 * kTiles;  // blocks of a cluster: two have a tile
+constexpr int kCacheWarp = kTiles;  // stores the row's own keys and values; the ones before finish sums
+
+struct Shared {
+  uint64_t there, sums_there, slots[kMostSlots];  // barriers
+  NormSums norm;
+  alignas(16) float query[kHeadSize];
+  alignas(16) uint16_t newest[2][kHeadSize];  // the row's own keys and values
+};
+
+__device__ __forceinline__ int32_t ShareBegin(const AttendPlan& plan, int32_t share) {
+  return static_cast<int32_t>(static_cast<uint32_t>(plan.chunks) * share >> plan.share_bits);
+}
+
+// The pages of a warp's parts in their order, and where they come to; all lanes have the same.
+struct Pages {
+  const AttendPlan& plan;
+  const RowPlace& place;
+  RowParts row;
+  int64_t head_at;  // bytes from a page to the head's keys
+  int32_t warp, own;  // its slots
+
+  int32_t part, page, end;  // the part's pages end before `end`
+  const char* at;
+  int32_t slot;  // of the warp's, for the next one
+
+  __device__ __forceinline__ Pages(const AttendPlan& p, const RowPlace& r, int32_t head, int32_t w)
+      : plan(p), place(r), row(PartsOf(r.length)), head_at(p.layer_at + int64_t{head} * kPageBytes) {
+    warp = w, own = SlotsOf(p.slots), slot = 0, page = end = 0, at = nullptr;
+    Go(w);
+  }
+  __device__ __forceinline__ void Go(int32_t to) {
+    part = to;
+    if (Done()) return;
+    page = part * row.pages_per_part;
+    end = min(page + row.pages_per_part, row.pages);
+    at = place.pages[page];
+  }
+  __device__ __forceinline__ bool Done() const { return part >= row.parts; }
+  __device__ __forceinline__ void Next() {
+    if (++page < end) {
+      at = place.pages[page];
+    } else {
+      Go(part + kWarps);
+    }
+  }
+  // Bytes of the page's keys that are there already: all but the row's own position.
+  __device__ __forceinline__ uint32_t Bytes() const {
+    const int32_t left = place.length - page * kPage;
+    return (left <= kPage ? left - 1 : kPage) * kPositionBytes;
+  }
+
+  // Of the block's first `count` slots, the warp's; its slots are warp, warp + kWarps, ...
+  __device__ __forceinline__ int32_t SlotsOf(int32_t count) const {
+    return (count - warp + kWarps - 1) / kWarps;
+  }
+  __device__ __forceinline__ uint32_t SlotAt(int32_t number) const {
+    return number < plan.early_slots
+               ? plan.slots_at + number * kSlotBytes
+               : kResultBytes + (number - plan.early_slots) * kSlotBytes;
+  }
+
+  // Asks for the next page.
+  __device__ __forceinline__ void Ask(char* memory, uint64_t* barriers, int32_t lane) {
+    if (Done()) return;
+    const int32_t number = slot * kWarps + warp;
+    const uint32_t bytes = Bytes();
+    if (lane == 0) {
+      BarrierArriveExpect(barriers + number, 2 * bytes);
+      if (bytes > 0) {
+        char* const to = memory + SlotAt(number);
+        const char* const from = at + head_at;
+        BulkCopy(to, from, bytes, barriers + number, ReadOncePolicy());
+        BulkCopy(to + kPageBytes, from + plan.values_at, bytes, barriers + number,
+                 ReadOncePolicy());
+      }
+    }
+    if (++slot == own) slot = 0;
+    Next();
+  }
+  __device__ __forceinline__ void Prefetch(int32_t lane) const {
+    if (lane != 0 || Bytes() == 0) return;
+    BulkPrefetch(at + head_at, Bytes());
+    BulkPrefetch(at + head_at + plan.values_at, Bytes());
+  }
+};
+
+// The products of so many chunks.
+template <typename Element>
+__device__ __forceinline__ void Multiply(uint64_t weights, uint64_t rows, int32_t chunks,
+                                         float (&sums)[kRows / 2]) {
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+  for (int32_t i = 0; i < chunks; ++i) {
+    WarpgroupFence();
+    linear_rows::MultiplyChunk<Element, kRows>(weights + i * (kWeightBytes / 16),
+                                               rows + i * (kRowChunkBytes / 16), sums);
+    WarpgroupCommit();
+  }
+  WarpgroupWait<0>();
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Writes a number of a row's packed result.
+template <typename Element>
+struct StoreAttended {
+  uint16_t* to;
+  __device__ __forceinline__ void operator()(int d, float x) const {
+    const float inverse = 1.0f / linear_weights::UnitOf(Element());
+    to[d] = static_cast<uint16_t>(RoundPairFinite<Element>(__fmul_rn(x, inverse), 0.0f));
+  }
+};
+
+#endif  // FASTGEN_ARCH_HAS_WARPGROUP
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, 2)
+    AttendKernel(const FASTGEN_GRID_CONSTANT AttendPlan plan) {
+#if FASTGEN_ARCH_HAS_WARPGROUP
+  __shared__ Shared shared;
+  // A swizzled line's place follows from its address.
+  char* const memory = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
+  const LinearRowsArgs& args = plan.args.qkv;
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t rank = blockIdx.x % kBlocks;
+  const int32_t head = blockIdx.x / kBlocks;
+  const int32_t width = args.cache.num_heads * kHeadSize;
+  const int32_t first_row = blockIdx.y * kRows;
+  const int32_t rows = min(args.rows - first_row, kRows);
+  const int32_t my_row = first_row + rank;
+  const bool has_row = rank < rows;
+  const int32_t shares = 1 << (plan.share_bits - 1);  // of the block, if it multiplies
+  const int32_t first_share = rank % 2 * shares;
+  const int32_t first_chunk = ShareBegin(plan, first_share);
+  const int32_t chunks =
+      rank < kMultiplying ? ShareBegin(plan, first_share + shares) - first_chunk : 0;
+  const uint32_t weights_at = SharedAddress(memory);
+  const uint32_t rows_at = weights_at + plan.rows_at;
+
+  if (threadIdx.x == kSupplyWarp * 32) {
+    BarrierInit(&shared.there, 1);
+    BarrierInit(&shared.sums_there, 1);
+    for (int32_t i = 0; i < plan.slots; ++i) BarrierInit(shared.slots + i, 1);
+    BarrierInitDone();
+    BarrierArriveExpect(&shared.sums_there, has_row ? kTiles * 2 * shares * kSumBytes : 0);
+    BarrierArriveExpect(&shared.there, chunks * (kWeightBytes + kRowChunkBytes));
+#pragma unroll 1
+    for (int32_t i = 0; i < chunks; ++i) {
+      StreamTile(weights_at + i * kWeightBytes, plan.weights, plan.whole, first_chunk + i,
+                 rank / 2 * width + head * kHeadSize, &shared.there);
+    }
+    PrefetchMap(plan.rows);
+    LetNextGridStart();
+  }
+  // What no kernel writes is read before the kernel before has ended: of the outputs that the lane finishes,
+  const int32_t tile = warp;
+  const int32_t in_head = lane / 8 * 16 + lane % 8;
+  const bool normed = args.norm_sums != nullptr;
+  float bias[2] = {}, norm_sums[2] = {};
+  if (tile < kTiles) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t n = tile * width + head * kHeadSize + in_head + 8 * i;
+      const float* const from = normed ? args.norm_bias : args.w.bias;
+      bias[i] = from != nullptr ? __ldg(from + n) : 0.0f;
+      norm_sums[i] = normed ? __ldg(args.norm_sums + n) : 0.0f;
+    }
+  }
+  // and of the row that the block attends with.
+  RowPlace place = {nullptr, nullptr, 0, 0};
+  if (has_row) {
+    place = args.places != nullptr ? args.places[my_row]
+                                   : WholePlaceOf(args.row_list[my_row], args.slots);
+  }
+  __syncthreads();
+  ClusterArrive();
+
+  Pages pages(plan, place, head, warp);
+  // Where no weights come, none are in the way of pages.
+  const int32_t early = chunks > 0 ? pages.SlotsOf(plan.early_slots) : pages.own;
+#pragma unroll 1
+  for (int32_t i = 0; i < early; ++i) pages.Ask(memory, shared.slots, lane);
+  Pages ahead = pages;
+#pragma unroll 1
+  for (int32_t i = early; i <= pages.own && !ahead.Done(); ++i) {
+    ahead.Prefetch(lane);
+    ahead.Next();
+  }
+  ClusterWait();
+  WaitForGrid();
+
+  if (warp == kSupplyWarp) {
+    if (ElectLane()) {
+#pragma unroll 1
+      for (int32_t i = 0; i < chunks; ++i) {
+        CopyTile(rows_at + i * kRowChunkBytes, plan.rows, plan.whole, first_chunk + i, first_row,
+                 &shared.there);
+      }
+    }
+    __syncwarp();
+  } else if (warp == kSupplyWarp + 1) {
+    if (normed) {
+      linear_rows::ReadNorms(
+          args, plan.inverse_in, [&](int32_t) { return has_row ? my_row : -1; }, 1, warp, lane,
+          &shared.norm);
+    }
+  } else if (warp < kSupplyWarp && chunks > 0) {
+    float sums[kRows / 2];
+    uint64_t weights = TileDescriptor(weights_at), tile_rows = TileDescriptor(rows_at);
+    uint32_t to = weights_at + plan.sums_at + (rank / 2 * 2 * shares + first_share) * kSumBytes +
+                  (warp * 8 + lane / 4) * 8;
+    const uint32_t there = SharedAddress(&shared.sums_there);
+    BarrierWait(&shared.there, 0);
+#pragma unroll 1
+    for (int32_t share = first_share; share < first_share + shares; ++share) {
+      const int32_t part = ShareBegin(plan, share + 1) - ShareBegin(plan, share);
+      Multiply<Element>(weights, tile_rows, part, sums);
+      weights += part * (kWeightBytes / 16);
+      tile_rows += part * (kRowChunkBytes / 16);
+      // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t row = lane % 4 * 2 + i;
+        if (row >= rows) break;
+        StoreAsync(AddressInBlock(to, row), make_float2(sums[i], sums[i + 2]),
+                   AddressInBlock(there, row));
+      }
+      to += kSumBytes;
+    }
+  }
+  __syncthreads();  // the norm; weights are not needed any more
+  if (!has_row) return;
+#pragma unroll 1
+  for (int32_t i = early; i < pages.own; ++i) pages.Ask(memory, shared.slots, lane);
+
+  if (tile < kTiles) {
+    BarrierWait(&shared.sums_there, 0);
+    const float2* const from =
+        reinterpret_cast<const float2*>(memory + plan.sums_at + tile * 2 * shares * kSumBytes) +
+        lane;
+    float2 sum = from[0];
+#pragma unroll 1
+    for (int32_t share = 1; share < 2 * shares; ++share) {
+      const float2 more = from[share * kUnits];
+      sum.x += more.x, sum.y += more.y;
+    }
+    NormSums norm = {0.0f, 1.0f};
+    if (normed) norm = shared.norm;
+    float value[2] = {sum.x, sum.y};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float unit = linear_weights::UnitOf(Element());
+      const float centred = fmaf(-norm.mean, norm_sums[i], __fmul_rn(value[i], unit));
+      value[i] = fmaf(norm.scale, centred, bias[i]);
+    }
+    if (tile == 0) {
+      shared.query[in_head] = __fmul_rn(value[0], plan.query_factor);
+      shared.query[in_head + 8] = __fmul_rn(value[1], plan.query_factor);
+    } else {
+      const uint32_t pair = RoundPairFinite<Element>(value[0], value[1]);
+      shared.newest[tile - 1][in_head] = static_cast<uint16_t>(pair);
+      shared.newest[tile - 1][in_head + 8] = static_cast<uint16_t>(pair >> 16);
+    }
+  }
+  __syncthreads();
+  // Sixteen lanes have 16 bytes each of what the row adds to the cache.
+  const int32_t kind = lane / 8, piece = lane % 8;
+  uint4 newest = make_uint4(0, 0, 0, 0);
+  if (lane < 16) newest = reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
+  if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
+    char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
+                     place.in_page * kPositionBytes;
+    reinterpret_cast<uint4*>(to)[piece] = newest;
+  }
+
+  float* const results = reinterpret_cast<float*>(memory);
+  float* const stats = results + kDecodeParts * kHeadSize;
+  const RowParts row = pages.row;
+  int32_t slot = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int32_t part = warp; part < row.parts; part += kWarps) {
+    MmaWorker<Element, 8> worker;
+    worker.Begin(shared.query, kHeadSize, lane);
+    const int32_t first = part * row.pages_per_part;
+    const int32_t end = min(first + row.pages_per_part, row.pages);
+#pragma unroll 1
+    for (int32_t number = first; number < end; ++number) {
+      char* const from = memory + pages.SlotAt(slot * kWarps + warp);
+      SharedPage page;
+      page.row_bytes = kPositionBytes;
+      page.positions = min(kPage, place.length - number * kPage);
+      page.keys = from;
+      page.values = from + kPageBytes;
+      BarrierWait(shared.slots + slot * kWarps + warp, parity);
+      if (number + 1 == row.pages) {
+        if (lane < 16) {
+          char* const to = from + kind * kPageBytes + (page.positions - 1) * kPositionBytes;
+          reinterpret_cast<uint4*>(to)[piece] = newest;
+        }
+        __syncwarp();
+      }
+      worker.Page(page, lane, [] {}, [] {});
+      __syncwarp();
+      pages.Ask(memory, shared.slots, lane);
+      if (++slot == pages.own) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+    worker.Store(results + part * kHeadSize, stats + 2 * part, kHeadSize, lane);
+  }
+  __syncthreads();
+  uint16_t* const out =
+      static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize;
+  if (row.parts == 0) {  // there is no token
+    if (threadIdx.x < kHeadSize) out[threadIdx.x] = 0;
+    return;
+  }
+  if (warp >= kHeadSize / 32) return;
+  CombineParts<8>([=](int p) { return results + p * kHeadSize; },
+                  [=](int p) { return stats + p * 2; }, [](const float* p) { return *p; },
+                  row.parts, kHeadSize, warp * 32, kHeadSize, lane, StoreAttended<Element>{out});
+#endif
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+// As in linear_rows.cu.
+constexpr int64_t kSharedBytes = 112 * 1024;
+constexpr int32_t kFixedBytes = 1024;
+
+// Fills the plan's sizes for a matrix; returns the bytes of shared memory, 0 where they do not suffice.
+int64_t Arrange(const Matrix& w, AttendPlan* plan) {
+  plan->chunks = Quotient(w.in, kChunkColumns);
+  plan->whole = w.in % kChunkColumns == 0;
+  plan->share_bits = linear_rows::ClusterBits(w);
+  if (plan->share_bits == 0) return 0;  // columns are not cut
+  plan->most_chunks = Quotient(plan->chunks, 2);
+  const int64_t weights = int64_t{plan->most_chunks} * kWeightBytes;
+  const int64_t sums = weights + int64_t{plan->most_chunks} * kRowChunkBytes;
+  const int64_t slots = sums + (int64_t{kTiles} << plan->share_bits) * kSumBytes;
+  const int64_t early = (kSharedBytes - kFixedBytes - 1024 - slots) / kSlotBytes;
+  const int64_t late = (weights - kResultBytes) / kSlotBytes;
+  if (slots > kSharedBytes - kFixedBytes - 1024 || early + late < kWarps) return 0;
+  plan->rows_at = static_cast<int32_t>(weights);
+  plan->sums_at = static_cast<int32_t>(sums);
+  plan->slots_at = static_cast<int32_t>(slots);
+  plan->early_slots = static_cast<int32_t>(std::min<int64_t>(early, kMostSlots));
+  plan->slots = static_cast<int32_t>(std::min<int64_t>(early + late, kMostSlots));
+  return plan->slots_at + int64_t{plan->early_slots} * kSlotBytes + 1024;
+}
+
+template <typename Element>
+cudaError_t LaunchWith(AttendPlan* plan, int64_t shared_bytes, cudaStream_t stream) {
+  const LinearRowsArgs& args = plan->args.qkv;
+  LaunchShape shape;
+  shape.shared_bytes = static_cast<size_t>(shared_bytes);
+  TiledMatrix weights;
+  weights.data = args.w.data;
+  weights.row_bytes = args.w.row_bytes;
+  weights.rows = args.w.out;
+  weights.columns = args.w.in;
+  weights.tile_rows = kTileOutputs;
+  cudaError_t status = MakeTensorMap(weights, &plan->weights);
+  if (status != cudaSuccess) return status;
+  TiledMatrix rows;
+  rows.data = args.x.data;
+  rows.row_bytes = args.x.stride * 2;
+  rows.rows = args.rows;
+  rows.columns = args.w.in;
+  rows.tile_rows = kRows;
+  status = MakeTensorMap(rows, &plan->rows);
+  if (status != cudaSuccess) return status;
+  shape.grid = dim3(static_cast<unsigned>(args.cache.num_heads * kBlocks),
+                    static_cast<unsigned>(Quotient(args.rows, kRows)));
+  shape.threads = kThreads;
+  shape.cluster = kBlocks;
+  shape.overlap = args.overlap;
+  return Launch(AttendKernel<Element>, shape, stream, *plan);
+}
+
+}  // namespace qkv_attention
+
+cudaError_t QkvAttention(const QkvAttentionArgs& args, cudaStream_t stream) {
+  using namespace qkv_attention;
+  const LinearRowsArgs& qkv = args.qkv;
+  if (qkv.rows == 0) return cudaSuccess;
+  AttendPlan plan = {};
+  const int64_t shared_bytes = Arrange(qkv.w, &plan);
+  if (shared_bytes == 0) return cudaErrorInvalidValue;
+  plan.args = args;
+  plan.query_factor = 1.0f / std::sqrt(static_cast<float>(kHeadSize));
+  plan.inverse_in = 1.0f / static_cast<float>(qkv.w.in);
+  plan.values_at = int64_t{qkv.cache.num_heads} * kPageBytes;
+  plan.layer_at = qkv.layer * 2 * plan.values_at;
+  switch (qkv.w.dtype) {
+    case DType::kFloat16: return LaunchWith<__half>(&plan, shared_bytes, stream);
+    case DType::kBFloat16: return LaunchWith<BFloat16>(&plan, shared_bytes, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t QkvAttentionSupported(const Matrix& w, const CacheLayout& cache, bool* supported) {
+  using namespace qkv_attention;
+  *supported = false;
+  if (cache.head_size != kHeadSize || cache.head_stride != kHeadSize) return cudaSuccess;
+  if (w.dtype != cache.dtype || w.out != kTiles * cache.num_heads * kHeadSize) return cudaSuccess;
+  AttendPlan plan = {};
+  if (Arrange(w, &plan) == 0) return cudaSuccess;
+  return LinearRowsSupported(w.dtype, w.in, supported);
+}
+
+}  // namespace cuda
+}  // namespace fastgen
