@@ -6,6 +6,7 @@
 #
 # The floor is C++14, sm_75 and none of what CUDA 10.2 lacks (-DFASTGEN_CUDA_FLOOR, see csrc/cuda/arch.h).
 # libfastgen_cuda is left in .venv/cuda. Where there is no nvcc nothing is compiled, and that is said.
+# FASTGEN_JOBS is how many compilers run at once (default: one for each core).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,11 +23,14 @@ fi
 "$nvcc" --version | grep release
 
 mkdir -p .venv/cuda/floor
-for source in csrc/cuda/*.cu; do
-  echo "floor: $source"
+floor() {
+  echo "floor: $1"
   "$nvcc" -std=c++14 -arch=sm_75 -DFASTGEN_CUDA_FLOOR -Werror all-warnings -Xcompiler=-Wall,-Wextra \
-    -Icsrc -c "$source" -o ".venv/cuda/floor/$(basename "$source").o"
-done
+    -Icsrc -c "$1" -o ".venv/cuda/floor/$(basename "$1").o"
+}
+export nvcc
+export -f floor
+printf '%s\0' csrc/cuda/*.cu | xargs -0 -n 1 -P "${FASTGEN_JOBS:-$(nproc)}" bash -c 'floor "$1"' floor  # 123 if one failed
 
 ci/env.sh build build
 export PATH="$PWD/.venv/build/bin:$PATH"
@@ -34,7 +38,7 @@ cmake -S . -B .venv/cuda/build -G Ninja -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CUDA
   -DFASTGEN_WERROR=ON -DFASTGEN_BUILD_APPS=OFF -DFASTGEN_CUDA=ON \
   "-DFASTGEN_CUDA_ARCHITECTURES=${FASTGEN_CUDA_ARCHITECTURES:-75;90}" >.venv/cuda/build.log 2>&1 ||
   { cat .venv/cuda/build.log >&2; exit 1; }
-cmake --build .venv/cuda/build
+cmake --build .venv/cuda/build ${FASTGEN_JOBS:+--parallel "$FASTGEN_JOBS"}
 
 # Nothing but the entry and the hooks of tests is visible, and nothing of CUDA has to be installed to open it.
 library=.venv/cuda/build/libfastgen_cuda.so
