@@ -6,7 +6,8 @@
 #   ci/test.sh                all of it; the exit status is not 0 if anything failed
 #   ci/test.sh -k <expr> ...  arguments go to pytest
 #
-# Then the conda packages: a local channel, built, installed into an empty prefix and tried there.
+# Two stages run at a time. One of them is the conda packages: a local channel, built, installed into
+# an empty prefix and tried there.
 #
 # The CUDA device is compiled where there is nvcc, and tried on a GPU by ci/cuda.sh only.
 #
