@@ -25,6 +25,7 @@ LinearRowsArgs CudaDevice::PackedProduct(const Matrix& w, const PackedRows& x, i
 }
 
 bool CudaDevice::JoinsAttention(int32_t rows) const {
+  static_assert(kJoinedLength <= kDecodeParts * kPage, "as QkvAttention takes rows");
   if (!joins_attention_ || rows > kJoinedRows) return false;
   return std::all_of(step_slots_.begin(), step_slots_.end(), [this](int32_t index) {
     if (index < 0) return true;

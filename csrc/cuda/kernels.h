@@ -115,10 +115,12 @@ cudaError_t LinearRows(const LinearRowsArgs& args, cudaStream_t stream);
 // ---- qkv_attention.cu: the product before attention, and attention, as one kernel ---------------
 
 struct QkvAttentionArgs {
-  LinearRowsArgs qkv;  // kQkv; rows are the newest tokens of different slots; y is not used
-  void* packed =
-      nullptr;     // [rows, ld]: what attention gives, of the weights' type, as in PackedRows;
-                   // zeros for rows without a token
+  // kQkv; y is not used. Rows are the newest tokens of different slots, each of which sees up to
+  // kDecodeParts * kPage positions.
+  LinearRowsArgs qkv;
+  // [rows, ld]: what attention gives, of the weights' type, as in PackedRows; zeros for rows without a
+  // token.
+  void* packed = nullptr;
   int64_t ld = 0;  // a multiple of 8
 };
 

@@ -7,8 +7,8 @@
 //
 // A block's shared memory holds weights and rows, what comes from other blocks, and pages: a few from the
 // start, more in the place of the weights once these have been multiplied. Warps attend as in
-// attention_decode_stream.cu, a part of the row at a time, each with a ring of pages of its own. The bits of
-// a row's result are those of LinearRows and DecodeAttention.
+// attention_decode_stream.cu, each with a ring of pages of its own; rows are so short that a part is a page.
+// The bits of a row's result are those of LinearRows and DecodeAttention.
 #include <algorithm>
 #include <cmath>
 
@@ -73,47 +73,38 @@ __device__ __forceinline__ int32_t ShareBegin(const AttendPlan& plan, int32_t sh
   return static_cast<int32_t>(static_cast<uint32_t>(plan.chunks) * share >> plan.share_bits);
 }
 
-// The pages of a warp's parts in their order, and where they come to; all lanes have the same.
+// A warp's pages, one a part, in their order, and where they come to; all lanes have the same.
 struct Pages {
   const AttendPlan& plan;
   const RowPlace& place;
-  RowParts row;
-  int64_t head_at;  // bytes from a page to the head's keys
+  int32_t count;      // of the row
+  int64_t head_at;    // bytes from a page to the head's keys
   int32_t warp, own;  // its slots
 
-  int32_t part, page, end;  // the part's pages end before `end`
+  int32_t page;
   const char* at;
-  int32_t slot;  // of the warp's, for the next one
+  int32_t slot;  // of the warp's, for the page
 
   __device__ __forceinline__ Pages(const AttendPlan& p, const RowPlace& r, int32_t head, int32_t w)
-      : plan(p), place(r), row(PartsOf(r.length)), head_at(p.layer_at + int64_t{head} * kPageBytes) {
-    warp = w, own = SlotsOf(p.slots), slot = 0, page = end = 0, at = nullptr;
+      : plan(p), place(r), head_at(p.layer_at + int64_t{head} * kPageBytes) {
+    count = (r.length + kPage - 1) / kPage;
+    warp = w, own = SlotsOf(p.slots), slot = 0, at = nullptr;
     Go(w);
   }
   __device__ __forceinline__ void Go(int32_t to) {
-    part = to;
-    if (Done()) return;
-    page = part * row.pages_per_part;
-    end = min(page + row.pages_per_part, row.pages);
-    at = place.pages[page];
+    page = to;
+    if (!Done()) at = place.pages[page];
   }
-  __device__ __forceinline__ bool Done() const { return part >= row.parts; }
-  __device__ __forceinline__ void Next() {
-    if (++page < end) {
-      at = place.pages[page];
-    } else {
-      Go(part + kWarps);
-    }
-  }
+  __device__ __forceinline__ bool Done() const { return page >= count; }
   // Bytes of the page's keys that are there already: all but the row's own position.
   __device__ __forceinline__ uint32_t Bytes() const {
     const int32_t left = place.length - page * kPage;
     return (left <= kPage ? left - 1 : kPage) * kPositionBytes;
   }
 
-  // Of the block's first `count` slots, the warp's; its slots are warp, warp + kWarps, ...
-  __device__ __forceinline__ int32_t SlotsOf(int32_t count) const {
-    return (count - warp + kWarps - 1) / kWarps;
+  // Of the block's first `number` slots, the warp's; its slots are warp, warp + kWarps, ...
+  __device__ __forceinline__ int32_t SlotsOf(int32_t number) const {
+    return (number - warp + kWarps - 1) / kWarps;
   }
   __device__ __forceinline__ uint32_t SlotAt(int32_t number) const {
     return number < plan.early_slots
@@ -137,7 +128,7 @@ struct Pages {
       }
     }
     if (++slot == own) slot = 0;
-    Next();
+    Go(page + kWarps);
   }
   __device__ __forceinline__ void Prefetch(int32_t lane) const {
     if (lane != 0 || Bytes() == 0) return;
@@ -145,6 +136,21 @@ struct Pages {
     BulkPrefetch(at + head_at + plan.values_at, Bytes());
   }
 };
+
+// Attends over a page, at `slot`, whose first positions the row sees.
+template <typename Element>
+__device__ __forceinline__ void AttendPage(const float* query, const char* slot, int32_t positions,
+                                        float* sums, float* stats, int32_t lane) {
+  MmaWorker<Element, 8> worker;
+  worker.Begin(query, kHeadSize, lane);
+  SharedPage page;
+  page.keys = slot;
+  page.values = slot + kPageBytes;
+  page.row_bytes = kPositionBytes;
+  page.positions = positions;
+  worker.Page(page, lane, [] {}, [] {});
+  worker.Store(sums, stats, kHeadSize, lane);
+}
 
 // The products of so many chunks.
 template <typename Element>
@@ -248,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int32_t i = early; i <= pages.own && !ahead.Done(); ++i) {
     ahead.Prefetch(lane);
-    ahead.Next();
+    ahead.Go(ahead.page + kWarps);
   }
   ClusterWait();
   WaitForGrid();
@@ -339,52 +345,40 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float* const results = reinterpret_cast<float*>(memory);
   float* const stats = results + kDecodeParts * kHeadSize;
-  const RowParts row = pages.row;
   int32_t slot = 0;
   uint32_t parity = 0;
 #pragma unroll 1
-  for (int32_t part = warp; part < row.parts; part += kWarps) {
-    MmaWorker<Element, 8> worker;
-    worker.Begin(shared.query, kHeadSize, lane);
-    const int32_t first = part * row.pages_per_part;
-    const int32_t end = min(first + row.pages_per_part, row.pages);
-#pragma unroll 1
-    for (int32_t number = first; number < end; ++number) {
-      char* const from = memory + pages.SlotAt(slot * kWarps + warp);
-      SharedPage page;
-      page.row_bytes = kPositionBytes;
-      page.positions = min(kPage, place.length - number * kPage);
-      page.keys = from;
-      page.values = from + kPageBytes;
-      BarrierWait(shared.slots + slot * kWarps + warp, parity);
-      if (number + 1 == row.pages) {
-        if (lane < 16) {
-          char* const to = from + kind * kPageBytes + (page.positions - 1) * kPositionBytes;
-          reinterpret_cast<uint4*>(to)[piece] = newest;
-        }
-        __syncwarp();
+  for (int32_t number = warp; number < pages.count; number += kWarps) {
+    const int32_t positions = min(kPage, place.length - number * kPage);
+    char* const from = memory + pages.SlotAt(slot * kWarps + warp);
+    BarrierWait(shared.slots + slot * kWarps + warp, parity);
+    if (number + 1 == pages.count) {
+      if (lane < 16) {
+        char* const to = from + kind * kPageBytes + (positions - 1) * kPositionBytes;
+        reinterpret_cast<uint4*>(to)[piece] = newest;
       }
-      worker.Page(page, lane, [] {}, [] {});
       __syncwarp();
-      pages.Ask(memory, shared.slots, lane);
-      if (++slot == pages.own) {
-        slot = 0;
-        parity ^= 1;
-      }
     }
-    worker.Store(results + part * kHeadSize, stats + 2 * part, kHeadSize, lane);
+    AttendPage<Element>(shared.query, from, positions, results + number * kHeadSize,
+                        stats + 2 * number, lane);
+    __syncwarp();
+    pages.Ask(memory, shared.slots, lane);
+    if (++slot == pages.own) {
+      slot = 0;
+      parity ^= 1;
+    }
   }
   __syncthreads();
   uint16_t* const out =
       static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize;
-  if (row.parts == 0) {  // there is no token
+  if (pages.count == 0) {  // there is no token
     if (threadIdx.x < kHeadSize) out[threadIdx.x] = 0;
     return;
   }
   if (warp >= kHeadSize / 32) return;
   CombineParts<8>([=](int p) { return results + p * kHeadSize; },
                   [=](int p) { return stats + p * 2; }, [](const float* p) { return *p; },
-                  row.parts, kHeadSize, warp * 32, kHeadSize, lane, StoreAttended<Element>{out});
+                  pages.count, kHeadSize, warp * 32, kHeadSize, lane, StoreAttended<Element>{out});
 #endif
 }
 
