@@ -60,11 +60,6 @@ extern "C" __attribute__((visibility("default"))) int fastgen_op_rows_supported(
                                             supported);
 }
 
-extern "C" __attribute__((visibility("default"))) int fastgen_op_qkv_attention_supported(
-    const fastgen::cuda::Matrix* w, const fastgen::cuda::CacheLayout* cache, bool* supported) {
-  return fastgen::cuda::QkvAttentionSupported(*w, *cache, supported);
-}
-
 extern "C" __attribute__((visibility("default"))) int fastgen_op_decode_plan_bytes(
     int rows, const fastgen::cuda::CacheLayout* cache, size_t* bytes) {
   return fastgen::cuda::DecodePlanBytes(rows, *cache, bytes);

@@ -350,16 +350,6 @@ class Library:
             raise RuntimeError(f"rows_supported: CUDA error {status}")
         return supported.value
 
-    def qkv_attention_supported(self, w: Matrix, cache: CacheLayout) -> bool:
-        """Whether attention and the product before it can be one kernel."""
-        supported = ctypes.c_bool()
-        status = self._library.fastgen_op_qkv_attention_supported(
-            ctypes.byref(w), ctypes.byref(cache), ctypes.byref(supported)
-        )
-        if status != 0:
-            raise RuntimeError(f"qkv_attention_supported: CUDA error {status}")
-        return supported.value
-
     def decode_plan_bytes(self, rows: int, cache: CacheLayout) -> int:
         """Bytes of a plan of decode attention; 0 if the device or the cache allow none."""
         size = ctypes.c_size_t()
