@@ -90,16 +90,16 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
       attention.layer = i;
       attention.overlap = i > 0;  // so does this one for the plan
       Check(DecodeAttention(attention, stream_), "launching attention");
-    }
-    if (!joined && !attention.packed) {
-      PackRowsArgs pack;
-      pack.x = s.attended.as<float>();
-      pack.ldx = hidden_stride_;
-      pack.rows = rows;
-      pack.size = config_.hidden_size;
-      pack.dtype = weight_dtype_;
-      pack.out = attended;
-      Check(PackRows(pack, stream_), "launching the packing of rows");
+      if (!attention.packed) {
+        PackRowsArgs pack;
+        pack.x = s.attended.as<float>();
+        pack.ldx = hidden_stride_;
+        pack.rows = rows;
+        pack.size = config_.hidden_size;
+        pack.dtype = weight_dtype_;
+        pack.out = attended;
+        Check(PackRows(pack, stream_), "launching the packing of rows");
+      }
     }
     Check(LinearRows(add(layer.attention_out, attended, layer.norm2.weight), stream_),
           "launching the attention's output");

@@ -305,11 +305,7 @@ __global__ void __launch_bounds__(256) PackKernel(const PackRowsArgs args) {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// Of two kernels in sequence, blocks of both are on a multiprocessor together as long as none takes more
-// than this, which includes what is lost before the first multiple of 1024.
-constexpr int64_t kSharedBytes = 112 * 1024;
 constexpr int32_t kMaxClusterBits = 3;
-constexpr int32_t kFixedBytes = 1024;  // of shared memory, for barriers, at most
 
 int32_t ClusterBits(const Matrix& w) {
   constexpr int32_t kBlocks = 160;
@@ -320,6 +316,27 @@ int32_t ClusterBits(const Matrix& w) {
     ++bits;
   }
   return bits;
+}
+
+cudaError_t MakeMaps(const LinearRowsArgs& args, int32_t kernel_rows, int32_t chunks,
+                     TensorMap* weights, TensorMap* rows) {
+  TiledMatrix w;
+  w.data = args.w.data;
+  w.row_bytes = args.w.row_bytes;
+  w.rows = args.w.out;
+  w.columns = args.w.in;
+  w.tile_rows = kTileOutputs;
+  w.chunks = chunks;
+  const cudaError_t status = MakeTensorMap(w, weights);
+  if (status != cudaSuccess) return status;
+  TiledMatrix x;
+  x.data = args.x.data;
+  x.row_bytes = args.x.stride * 2;
+  x.rows = args.rows;
+  x.columns = args.w.in;
+  x.tile_rows = kernel_rows;
+  x.chunks = chunks;
+  return MakeTensorMap(x, rows);
 }
 
 // Whether the kernel was compiled for a device that has what it needs: it has barriers then.
@@ -358,23 +375,8 @@ cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
   const LinearRowsArgs& args = plan->args;
   LaunchShape shape;
   shape.shared_bytes = static_cast<size_t>(Arrange(kRows, plan));
-  TiledMatrix weights;
-  weights.data = args.w.data;
-  weights.row_bytes = args.w.row_bytes;
-  weights.rows = args.w.out;
-  weights.columns = args.w.in;
-  weights.tile_rows = kTileOutputs;
-  weights.chunks = plan->copied_at_once;
-  cudaError_t status = MakeTensorMap(weights, &plan->weights);
-  if (status != cudaSuccess) return status;
-  TiledMatrix rows;
-  rows.data = args.x.data;
-  rows.row_bytes = args.x.stride * 2;
-  rows.rows = args.rows;
-  rows.columns = args.w.in;
-  rows.tile_rows = kRows;
-  rows.chunks = plan->copied_at_once;
-  status = MakeTensorMap(rows, &plan->rows);
+  const cudaError_t status =
+      MakeMaps(args, kRows, plan->copied_at_once, &plan->weights, &plan->rows);
   if (status != cudaSuccess) return status;
   shape.grid = dim3(static_cast<unsigned>(Quotient(args.w.out, kTileOutputs) << plan->cluster_bits),
                     static_cast<unsigned>(Quotient(args.rows, kRows)));

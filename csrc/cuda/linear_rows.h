@@ -24,6 +24,10 @@ static_assert(kMaxBlocks <= kWarps, "a warp sends to each");
 constexpr int kLaneOutputs = 4;
 constexpr int kPairBytes =
     2 * kTileOutputs * 4;  // of a pair's sums: of two rows, a fragment after the other
+// Of two kernels in sequence, blocks of both are on a multiprocessor together as long as none takes more
+// than this of its shared memory, which includes what is lost before the first multiple of 1024.
+constexpr int64_t kSharedBytes = 112 * 1024;
+constexpr int32_t kFixedBytes = 1024;  // of it, for what has a size of its own, at most
 static_assert(kTileOutputs == kPartColumns, "a tile is a part of the next norm");
 
 struct RowsPlan {
@@ -46,6 +50,10 @@ struct RowsPlan {
 // tiles of outputs, so that there are about as many blocks as multiprocessors in the devices that have
 // these kernels.
 int32_t ClusterBits(const Matrix& w);
+
+// How the bulk engine finds tiles of weights, and of rows by so many, `chunks` at a time.
+cudaError_t MakeMaps(const LinearRowsArgs& args, int32_t kernel_rows, int32_t chunks,
+                     TensorMap* weights, TensorMap* rows);
 
 #if FASTGEN_ARCH_HAS_WARPGROUP
 

@@ -21,6 +21,8 @@ namespace cuda {
 namespace qkv_attention {
 
 using linear_rows::kChunkColumns;
+using linear_rows::kFixedBytes;
+using linear_rows::kSharedBytes;
 using linear_rows::kSupplyWarp;
 using linear_rows::kThreads;
 using linear_rows::kTileOutputs;
@@ -384,10 +386,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// As in linear_rows.cu.
-constexpr int64_t kSharedBytes = 112 * 1024;
-constexpr int32_t kFixedBytes = 1024;
-
 // Fills the plan's sizes for a matrix; returns the bytes of shared memory, 0 where they do not suffice.
 int64_t Arrange(const Matrix& w, AttendPlan* plan) {
   plan->chunks = Quotient(w.in, kChunkColumns);
@@ -414,21 +412,8 @@ cudaError_t LaunchWith(AttendPlan* plan, int64_t shared_bytes, cudaStream_t stre
   const LinearRowsArgs& args = plan->args.qkv;
   LaunchShape shape;
   shape.shared_bytes = static_cast<size_t>(shared_bytes);
-  TiledMatrix weights;
-  weights.data = args.w.data;
-  weights.row_bytes = args.w.row_bytes;
-  weights.rows = args.w.out;
-  weights.columns = args.w.in;
-  weights.tile_rows = kTileOutputs;
-  cudaError_t status = MakeTensorMap(weights, &plan->weights);
-  if (status != cudaSuccess) return status;
-  TiledMatrix rows;
-  rows.data = args.x.data;
-  rows.row_bytes = args.x.stride * 2;
-  rows.rows = args.rows;
-  rows.columns = args.w.in;
-  rows.tile_rows = kRows;
-  status = MakeTensorMap(rows, &plan->rows);
+  const cudaError_t status =
+      linear_rows::MakeMaps(args, kRows, 1, &plan->weights, &plan->rows);
   if (status != cudaSuccess) return status;
   shape.grid = dim3(static_cast<unsigned>(args.cache.num_heads * kBlocks),
                     static_cast<unsigned>(Quotient(args.rows, kRows)));
