@@ -95,6 +95,31 @@ struct PairPieces {
   }
 };
 
+// A query of a head in pieces, where a block has it: each piece of all numbers side by side.
+template <typename T, int kSize>
+struct alignas(16) QueryPieces {
+  static constexpr int kKinds = Pieces<T>::kThird ? 3 : 2;
+  uint16_t of[kKinds][kSize];
+
+  // The scale of queries and weights is in it: what Exp2 takes.
+  __device__ __forceinline__ static float Scaled(float x) {
+    x *= kLog2e / Pieces<T>::kQueryUnit;
+    return Pieces<T>::kThird ? x : SaturateHalf(x);
+  }
+
+  // Numbers `low` and `high` of the query.
+  __device__ __forceinline__ void Set(int low, float low_x, int high, float high_x) {
+    PairPieces<T> pair;
+    pair.Set(Scaled(low_x), Scaled(high_x));
+    const uint32_t pieces[3] = {pair.first, pair.second, pair.third};
+#pragma unroll
+    for (int i = 0; i < kKinds; ++i) {
+      of[i][low] = static_cast<uint16_t>(pieces[i]);
+      of[i][high] = static_cast<uint16_t>(pieces[i] >> 16);
+    }
+  }
+};
+
 // c += a b with the pieces of two pairs as a, the m16 operand: rows 0 to 7 are all the first pieces,
 // rows 8 to 15 the second ones, so that every lane gets both sums of its columns.
 template <typename T>
@@ -127,6 +152,7 @@ struct MmaWorker {
   static constexpr int kKeyLoads = kChunks / 4;
   static constexpr int kValueLoads = kChunks / 8;
   static constexpr int kTiles = kPage / 8;  // of 8 positions
+  using Query = QueryPieces<T, 8 * kChunks>;
 
   PairPieces<T> q[kKeyLoads][4];
   // [j][u]: numbers 2 u and 2 u + 1 of piece g + 8 j of 16 bytes, each with two sums.
@@ -142,12 +168,32 @@ struct MmaWorker {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int d = (lane % 4 + 4 * j) * 8 + 2 * e + i;
-          x[i] = d < head_size ? query[d] * (kLog2e / Pieces<T>::kQueryUnit) : 0.0f;
-          if (!Pieces<T>::kThird) x[i] = SaturateHalf(x[i]);
+          x[i] = d < head_size ? Query::Scaled(query[d]) : 0.0f;
         }
         q[j][e].Set(x[0], x[1]);
       }
     }
+    Clear();
+  }
+
+  // A query that is in pieces already, of kChunks times 8 numbers.
+  __device__ __forceinline__ void Begin(const Query& query, int lane) {
+#pragma unroll
+    for (int j = 0; j < kKeyLoads; ++j) {
+      uint4 read[3] = {};
+#pragma unroll
+      for (int i = 0; i < query.kKinds; ++i) {
+        read[i] = *reinterpret_cast<const uint4*>(query.of[i] + (lane % 4 + 4 * j) * 8);
+      }
+      q[j][0] = {read[0].x, read[1].x, read[2].x};
+      q[j][1] = {read[0].y, read[1].y, read[2].y};
+      q[j][2] = {read[0].z, read[1].z, read[2].z};
+      q[j][3] = {read[0].w, read[1].w, read[2].w};
+    }
+    Clear();
+  }
+
+  __device__ __forceinline__ void Clear() {
 #pragma unroll
     for (int j = 0; j < kValueLoads; ++j) {
 #pragma unroll
@@ -157,7 +203,8 @@ struct MmaWorker {
     sum = 0.0f;
   }
 
-  template <typename FreeKeys, typename WaitValues>
+  // kOnly: the part has no other page.
+  template <bool kOnly = false, typename FreeKeys, typename WaitValues>
   __device__ __forceinline__ void Page(const SharedPage& page, int lane, const FreeKeys& free_keys,
                                        const WaitValues& wait_values) {
     const int g = lane / 4, m = lane % 4;
@@ -188,7 +235,7 @@ struct MmaWorker {
     new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 1));
     new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 2));
     free_keys();  // not before, as above
-    const float shrink = Exp2(max - new_max);
+    const float shrink = kOnly ? 1.0f : Exp2(max - new_max);
     max = new_max;
     sum *= shrink;
 #pragma unroll

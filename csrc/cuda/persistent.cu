@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   if (thread == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       BarrierInit(shared.full + s, 1);
-      BarrierInit(shared.empty + s, kWarps);
+      BarrierInit(shared.empty + s, 32 * kWarps);
     }
-    BarrierInit(shared.finished, kFinisherWarps);
-    BarrierInit(shared.finished + 1, kFinisherWarps);
+    BarrierInit(shared.finished, 32 * kFinisherWarps);
+    BarrierInit(shared.finished + 1, 32 * kFinisherWarps);
     BarrierInit(&shared.started, kRows);
     BarrierInitDone();
     shared.copied = 0;

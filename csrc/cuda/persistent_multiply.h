@@ -219,10 +219,9 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
                         self.warp * (kSpan / kGroup) * 2;
   int stage = self.stage;
   Raw<W> raw[kHeld];
-  // Stages behind the batch are read as well, whatever is there: it costs less than not to.
+  // The last stage of a batch that is shorter is read again and again: it costs less than not to.
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
-    if (j == count) self.stage = stage;
     const char* const from = self.ring + stage * Stage<W>::kBytes;
 #pragma unroll
     for (int i = 0; i < W::kLoads; ++i) {
@@ -234,9 +233,10 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
       const int group = W::kBits == 8 ? (i ^ swap) * 2 + self.lane % 4 / 2 : self.lane % 4;
       raw[j].scales[i] = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
     }
-    if (++stage == self.plan.stages) stage = 0;
+    const int next = stage + 1 == self.plan.stages ? 0 : stage + 1;
+    if (j + 1 < count) stage = next;
+    if (j + 1 == count) self.stage = next;
   }
-  if (count == kHeld) self.stage = stage;
   meanwhile();
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
@@ -256,8 +256,7 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
 template <int kRows>
 __device__ __forceinline__ void ReleaseWeights(Thread<kRows>& self) {
   FenceForBulkEngine();
-  __syncwarp();
-  if (self.lane == 0) BarrierArrive(self.shared.empty + self.batch);
+  BarrierArrive(self.shared.empty + self.batch);
   if (++self.batch == kMaxStages) {
     self.batch = 0;
     self.batch_parity ^= 1u;

@@ -87,8 +87,7 @@ struct Thread {
   }
   // Finishers: after they have read all of it.
   __device__ __forceinline__ void ReturnBuffer() {
-    __syncwarp();
-    if (lane == 0) BarrierArrive(shared.finished + buffer);
+    BarrierArrive(shared.finished + buffer);
     NextBuffer();
   }
 

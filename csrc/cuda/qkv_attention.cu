@@ -64,10 +64,11 @@ struct AttendPlan {
 constexpr int kMultiplying = 2 * kTiles;  // blocks of a cluster: two have a tile
 constexpr int kCacheWarp = kTiles;  // stores the row's own keys and values; the ones before finish sums
 
+template <typename Element>
 struct Shared {
   uint64_t there, sums_there, slots[kMostSlots];  // barriers
   NormSums norm;
-  alignas(16) float query[kHeadSize];
+  QueryPieces<Element, kHeadSize> query;
   alignas(16) uint16_t newest[2][kHeadSize];  // the row's own keys and values
 };
 
@@ -141,16 +142,17 @@ struct Pages {
 
 // Attends over a page, at `slot`, whose first positions the row sees.
 template <typename Element>
-__device__ __forceinline__ void AttendPage(const float* query, const char* slot, int32_t positions,
-                                        float* sums, float* stats, int32_t lane) {
-  MmaWorker<Element, 8> worker;
-  worker.Begin(query, kHeadSize, lane);
+__device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>& query,
+                                        const char* slot, int32_t positions, float* sums,
+                                        float* stats, int32_t lane) {
+  MmaWorker<Element, kHeadSize / 8> worker;
+  worker.Begin(query, lane);
   SharedPage page;
   page.keys = slot;
   page.values = slot + kPageBytes;
   page.row_bytes = kPositionBytes;
   page.positions = positions;
-  worker.Page(page, lane, [] {}, [] {});
+  worker.template Page<true>(page, lane, [] {}, [] {});
   worker.Store(sums, stats, kHeadSize, lane);
 }
 
@@ -188,7 +190,7 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads, 2)
     AttendKernel(const FASTGEN_GRID_CONSTANT AttendPlan plan) {
 #if FASTGEN_ARCH_HAS_WARPGROUP
-  __shared__ Shared shared;
+  __shared__ Shared<Element> shared;
   // A swizzled line's place follows from its address.
   char* const memory = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
   const LinearRowsArgs& args = plan.args.qkv;
@@ -326,8 +328,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       value[i] = fmaf(norm.scale, centred, bias[i]);
     }
     if (tile == 0) {
-      shared.query[in_head] = __fmul_rn(value[0], plan.query_factor);
-      shared.query[in_head + 8] = __fmul_rn(value[1], plan.query_factor);
+      shared.query.Set(in_head, __fmul_rn(value[0], plan.query_factor), in_head + 8,
+                       __fmul_rn(value[1], plan.query_factor));
     } else {
       const uint32_t pair = RoundPairFinite<Element>(value[0], value[1]);
       shared.newest[tile - 1][in_head] = static_cast<uint16_t>(pair);
