@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   if (thread == 0) {
+    // All lanes arrive where memory is given back: racecheck follows an arrival to what that lane has read.
     for (int s = 0; s < kMaxStages; ++s) {
       BarrierInit(shared.full + s, 1);
       BarrierInit(shared.empty + s, 32 * kWarps);
