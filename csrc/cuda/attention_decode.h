@@ -22,17 +22,19 @@ struct alignas(16) DecodeItem {
   int32_t positions;         // 0: there is nothing for the warp in this round, nor later
   int32_t row;
   int16_t head;
+  uint16_t result;  // where what becomes of the part is kept
   uint8_t part;
   uint8_t parts;  // of the head
   uint8_t count;  // of the head's parts in this block, up to this one
-  uint8_t ends;   // it is the last of these
-  uint8_t cut;    // other blocks have parts of the head too
   uint8_t flags;
 };
 static_assert(sizeof(DecodeItem) == 32, "two loads");
-constexpr int kItemNewest =
-    1;                        // the last position is the row's own, which the kernel before writes
-constexpr int kItemMore = 2;  // the block has another round
+// The last position is the row's own, which the kernel before writes.
+constexpr int kItemNewest = 1;
+constexpr int kItemMore = 2;    // the block has another round
+constexpr int kItemEnds = 4;    // it is the last of the head's parts in this block
+constexpr int kItemCut = 8;     // other blocks have parts of the head too
+constexpr int kItemTurns = 16;  // the warp's next part is of another head
 
 // Where the parts of the plan lie.
 struct DecodePlan {
@@ -43,12 +45,18 @@ struct DecodePlan {
 };
 
 // Blocks, and warps of each, of the streaming kernel; no blocks where the device or the
-// cache's shape do not allow it. Of a step of so many rows; the plan of fewer is no larger.
+// cache's shape do not allow it.
 struct StreamGrid {
   int32_t blocks = 0;
   int32_t warps = 0;
+  int32_t run =
+      0;  // rounds from one barrier of a block to the next, in which a warp's parts are neighbours
+
+  // Parts of which a block keeps what became of them: of a head those before a run of all warps, these, and
+  // the next ones.
+  __host__ __device__ int32_t results() const { return kDecodeParts - 1 + 2 * warps * run; }
 };
-cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid);
+cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid);
 
 // The plan within its memory; returns the bytes.
 size_t PlaceDecodePlan(const StreamGrid& grid, const CacheLayout& cache, int32_t rows, void* memory,

@@ -1,6 +1,6 @@
 // The plan of a decode step's attention: which warp of which block takes which part of which row, for
 // all layers. All parts of all rows are numbered: by row, head, part. A block takes neighbouring ones,
-// its warps take them in turn. Blocks begin at a head where that balances them; where it does not,
+// and so do its warps, in runs, so that a warp has few queries. Blocks begin at a head where that balances them; where it does not,
 // heads are cut.
 #include <algorithm>
 
@@ -22,7 +22,7 @@ constexpr int32_t kAheadRound = 2;
 struct PlanTask {
   DecodeAttentionArgs args;
   DecodePlan plan;
-  int32_t warps;
+  StreamGrid grid;
   int64_t head_bytes;  // from head to head in a page
 };
 
@@ -101,7 +101,7 @@ __device__ inline int BeginOf(const PlanTask& task, const RowWork* rows, int mos
   const int64_t most_units = (units + blocks - 1) / blocks;
   const int64_t fair = (pages + blocks - 1) / blocks;
   if (task.args.partial == nullptr || most_units * most_pages <= fair + kCutPages ||
-      fair >= static_cast<int64_t>(task.plan.rounds) * task.warps) {
+      fair >= static_cast<int64_t>(task.plan.rounds) * task.grid.warps) {
     const int unit = static_cast<int>(units * block / blocks);
     const RowWork& row = rows[FindRow(rows, count, &RowWork::first_row, unit / heads)];
     return row.first_part * heads + unit % heads * row.cut.parts;
@@ -145,12 +145,19 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const PlanTask task) {
   __syncthreads();
 
   const int begin = range[0], end = range[1];
-  const int rounds = max(1, (end - begin + task.warps - 1) / task.warps);
-  for (int i = threadIdx.x; i < max(rounds, kAheadRound + 1) * task.warps; i += kThreads) {
-    const int round = i / task.warps;
+  const int warps = task.grid.warps, run = task.grid.run;
+  const int rounds = max(1, (end - begin + warps - 1) / warps);
+  // The last runs are shorter: all warps have some of what is left.
+  const auto number_of = [=](int round, int warp) {
+    const int first = begin + round / run * run * warps;
+    const int each = min(run, (end - first + warps - 1) / warps);
+    return round % run < each ? first + warp * each + round % run : end;
+  };
+  for (int i = threadIdx.x; i < max(rounds, kAheadRound + 1) * warps; i += kThreads) {
+    const int round = i / warps, warp = i % warps;
     DecodeItem item = {};
     item.flags = round + 1 < rounds ? kItemMore : 0;
-    const int number = begin + i;
+    const int number = number_of(round, warp);
     if (number < end) {
       const int r = FindRow(rows, args.rows, &RowWork::first_part, number / heads);
       const RowWork& row = rows[r];
@@ -167,16 +174,18 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const PlanTask task) {
       item.parts = static_cast<uint8_t>(row.cut.parts);
       const int first = number - part, last = first + row.cut.parts - 1;
       item.count = static_cast<uint8_t>(number + 1 - max(begin, first));
-      item.ends = number == last || number + 1 == end;
-      item.cut = first < begin || last >= end;
+      item.result = static_cast<uint16_t>((number - begin) % task.grid.results());
+      const int next = number_of(round + 1, warp);
+      if (next < end && (next < first || next > last)) item.flags |= kItemTurns;
       if (number == last) item.flags |= kItemNewest;
+      if (number == last || number + 1 == end) item.flags |= kItemEnds;
+      if (first < begin || last >= end) item.flags |= kItemCut;
     }
-    const int64_t at =
-        (static_cast<int64_t>(round) * gridDim.x + blockIdx.x) * task.warps + i % task.warps;
+    const int64_t at = (static_cast<int64_t>(round) * gridDim.x + blockIdx.x) * warps + warp;
     if (round < rounds) task.plan.items[at] = item;
     if (round == kAheadRound) {
       const char* const keys = item.page + item.head * task.head_bytes;
-      task.plan.ahead[blockIdx.x * task.warps + i % task.warps] =
+      task.plan.ahead[blockIdx.x * warps + warp] =
           item.page == nullptr ? 0 : reinterpret_cast<uint64_t>(keys);
     }
   }
@@ -211,7 +220,7 @@ cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* byte
   *bytes = 0;
   if (rows <= 0 || rows > kMostRows) return cudaSuccess;
   StreamGrid grid;
-  const cudaError_t status = GetStreamGrid(cache, rows, &grid);
+  const cudaError_t status = GetStreamGrid(cache, &grid);
   if (status != cudaSuccess || grid.blocks == 0) return status;
   DecodePlan plan;
   *bytes = PlaceDecodePlan(grid, cache, rows, nullptr, &plan);
@@ -221,12 +230,12 @@ cudaError_t DecodePlanBytes(int32_t rows, const CacheLayout& cache, size_t* byte
 cudaError_t PlanDecodeAttention(const DecodeAttentionArgs& args, cudaStream_t stream) {
   if (args.rows <= 0 || args.plan == nullptr) return cudaSuccess;
   StreamGrid grid;
-  const cudaError_t status = GetStreamGrid(args.cache, args.rows, &grid);
+  const cudaError_t status = GetStreamGrid(args.cache, &grid);
   if (status != cudaSuccess) return status;
   if (grid.blocks == 0 || args.rows > kMostRows) return cudaErrorInvalidValue;
   PlanTask task;
   task.args = args;
-  task.warps = grid.warps;
+  task.grid = grid;
   task.head_bytes = HeadBytes(args.cache);
   PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &task.plan);
   LaunchShape shape;
@@ -241,7 +250,7 @@ cudaError_t DecodePiecesAhead(const DecodeAttentionArgs& args, PiecesAhead* ahea
   *ahead = PiecesAhead();
   if (args.plan == nullptr || args.layer >= args.cache.num_layers) return cudaSuccess;
   StreamGrid grid;
-  const cudaError_t status = GetStreamGrid(args.cache, args.rows, &grid);
+  const cudaError_t status = GetStreamGrid(args.cache, &grid);
   if (status != cudaSuccess || grid.blocks == 0) return status;
   DecodePlan plan;
   PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &plan);

@@ -1,8 +1,9 @@
 // Attention of decode steps where there are bulk copies (sm_90): one or two blocks per multiprocessor,
 // whose warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
 // they work on. So memory waits neither for page tables nor for the end of a head. Which parts they
-// are the step's plan says. A head that blocks share is put together through device memory by the
-// block that finishes last.
+// are the step's plan says: in runs of neighbours, so that a query is taken up once for the parts of its
+// head, and warps wait for each other once in a run. A head that blocks share is put together through
+// device memory by the block that finishes last.
 //
 // What is in the cache from steps before is asked for before the kernel before has ended.
 #include <algorithm>
@@ -19,10 +20,6 @@ namespace cuda {
 namespace {
 
 constexpr int32_t kMostPieces = 8;
-// Queries of a step (a head of a row each) above which two blocks of half the size share a
-// multiprocessor, where registers and memory allow it.
-constexpr int64_t kManyQueries = 256;
-
 struct StreamTask {
   DecodeAttentionArgs args;
   DecodePlan plan;
@@ -33,26 +30,34 @@ struct StreamTask {
   int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
 };
 
-// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, and blocks of
-// a multiprocessor.
-template <typename S, int kWarps_>
+// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, parts of a run,
+// and blocks of a multiprocessor.
+template <typename S, int kWarps_, int kRun_ = 1>
 struct OnFma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kMostPieces;
+  static constexpr int kRun = kRun_;
   static constexpr int kResident = 1;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
 #endif
 };
 
-template <typename T, int kChunks, int kWarps_, int kPieces_ = kMostPieces, int kResident_ = 1>
+template <typename T, int kChunks, bool kFull, int kWarps_, int kPieces_ = kMostPieces,
+          int kRun_ = 1, int kResident_ = 1>
 struct OnMma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kPieces_;
+  static constexpr int kRun = kRun_;
   static constexpr int kResident = kResident_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
-  using Worker = MmaWorker<T, kChunks>;
+  using Worker = MmaWorker<T, kChunks, kFull>;
 #endif
+};
+
+template <bool kValue>
+struct Only {
+  static constexpr bool value = kValue;
 };
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
@@ -78,8 +83,8 @@ struct Supply {
   const char* late_from;
   uint32_t late_to;  // from the ring's begin
 
-  __device__ __forceinline__ void Start() {
-    item = *ItemOf(task, 0, warp, warps);
+  __device__ __forceinline__ void Start(const DecodeItem& first) {
+    item = first;
     round = kind = slot = 0;
     left = item.positions;
     page = item.page;
@@ -98,7 +103,7 @@ struct Supply {
     const uint32_t to = slot * kPage * row_bytes;
     const bool late = kEarly && (item.flags & kItemNewest) != 0 && left <= kPage;
     const int bytes = (min(kPage, left) - (late ? 1 : 0)) * row_bytes;
-    if (lane == 0) {
+    if (ElectLane()) {
       BarrierArriveExpect(barriers + slot, bytes);
       if (bytes > 0) BulkCopy(ring + to, from, bytes, barriers + slot, ReadOncePolicy());
     }
@@ -192,8 +197,10 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
       reinterpret_cast<uint64_t*>(shared + task.barriers_at) + warp * task.pieces;
 
   LetNextGridStart();
+  const DecodeItem* at = ItemOf(task, 0, warp, kWarps);
+  DecodeItem item = *at;
   Supply supply = {task, ring, barriers, warp, kWarps};
-  supply.Start();
+  supply.Start(item);
   // There is room for it, if nothing else.
   const DecodeItem second = *ItemOf(task, 1, warp, kWarps);
   if (lane < task.pieces) {
@@ -207,20 +214,19 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
 
   // Two queries of a warp: the one it works with, and the next.
   float* const queries = reinterpret_cast<float*>(shared + task.queries_at) + warp * 2 * head_size;
-  const auto copy_query = [&](const DecodeItem& item, int round) {
+  float* query = queries;  // the next
+  const auto copy_query = [&](const DecodeItem& of) {
     const float* const from =
-        args.q + item.row * args.ldq + static_cast<int64_t>(item.head) * head_size;
-    float* const to = queries + round % 2 * head_size;
-    for (int d = lane; d < head_size; d += 32) StreamCopy4(to + d, from + d, 4);
+        args.q + of.row * args.ldq + static_cast<int64_t>(of.head) * head_size;
+    for (int d = lane; d < head_size; d += 32) StreamCopy4(query + d, from + d, 4);
+    CommitCopies();
   };
   supply.AskLate(lane);
-  const DecodeItem* at = ItemOf(task, 0, warp, kWarps);
-  if (at->positions > 0) copy_query(*at, 0);
-  CommitCopies();
+  bool first = true;
+  if (item.positions > 0) copy_query(item);
 
   float* const sums = reinterpret_cast<float*>(shared + task.results_at);
   float* const stats = sums + task.results * head_size;
-  int result = warp;  // where the part's result is kept
   int slot = 0;
   uint32_t parity = 0;
   const auto next_slot = [&] {
@@ -234,65 +240,87 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
     supply.Ask<false>(lane);
   };
   const auto wait = [&] { BarrierWait(barriers + slot, parity); };
-  const DecodeItem* first_cut = nullptr;  // the warp ends them: at most the block's first and last
+  typename Flavour::Worker worker;
+  const auto attend = [&](auto only, int positions) {
+    SharedPage page;
+    page.row_bytes = task.row_bytes;
+    page.positions = min(kPage, positions);
+    page.keys = ring + slot * piece_bytes;
+    wait();
+    next_slot();
+    page.values = ring + slot * piece_bytes;
+    worker.template Page<decltype(only)::value>(page, lane, ask, wait);
+    if (positions < kPage) FenceForBulkEngine();  // Page may have written behind them
+    ask();
+    next_slot();
+  };
+  // Cut heads that the warp ends: at most the block's first and last.
+  const DecodeItem* first_cut = nullptr;
   const DecodeItem* last_cut = nullptr;
+  bool query_wanted = item.positions > 0;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
 #pragma unroll 1
-  for (int round = 0;; ++round) {
-    int left = at->positions;
-    if (left > 0) {
-      WaitCopies<0>();
-      if (round == 0) FenceForBulkEngine();
-      __syncwarp();
-      typename Flavour::Worker worker;
-      worker.Begin(queries + round % 2 * head_size, head_size, lane);
-      if ((at->flags & kItemMore) != 0) {
-        const DecodeItem* const next = at + gridDim.x * kWarps;
-        if (next->positions > 0) copy_query(*next, round + 1);
-        CommitCopies();
-      }
+  for (bool more = true; more;) {
+    const DecodeItem* const run = at;
+    uint32_t ended = 0;  // of the run
 #pragma unroll 1
-      for (; left > 0; left -= kPage) {
-        SharedPage page;
-        page.row_bytes = task.row_bytes;
-        page.positions = min(kPage, left);
-        page.keys = ring + slot * piece_bytes;
-        wait();
-        next_slot();
-        page.values = ring + slot * piece_bytes;
-        worker.Page(page, lane, ask, wait);
-        ask();
-        next_slot();
+    for (int i = 0; i < Flavour::kRun && more; ++i) {
+      at += stride;
+      const DecodeItem next = *at;  // there is room for it, if nothing else
+      more = (item.flags & kItemMore) != 0;
+      if (item.positions > 0) {
+        if (query_wanted) {
+          WaitCopies<0>();
+          if (first) FenceForBulkEngine();
+          first = false;
+          __syncwarp();
+          worker.Query(query, head_size, lane);
+          query = query == queries ? queries + head_size : queries;
+        }
+        query_wanted = (item.flags & kItemTurns) != 0;
+        if (query_wanted) copy_query(next);
+        worker.Clear();
+        if (item.positions <= kPage) {
+          attend(Only<true>(), item.positions);
+        } else {
+#pragma unroll 1
+          for (int left = item.positions; left > 0; left -= kPage) attend(Only<false>(), left);
+        }
+        float* part_sums = sums + item.result * head_size;
+        float* part_stats = stats + 2 * item.result;
+        if ((item.flags & kItemCut) != 0) {
+          const int64_t unit = static_cast<int64_t>(item.row) * args.cache.num_heads + item.head;
+          part_sums = args.partial + unit * kDecodeParts * (head_size + 2) + item.part * head_size;
+          part_stats = part_sums + (kDecodeParts - item.part) * head_size + 2 * item.part;
+        }
+        worker.Store(part_sums, part_stats, head_size, lane);
+        if ((item.flags & kItemEnds) != 0) ended |= 1u << i;
       }
-      float* part_sums = sums + result * head_size;
-      float* part_stats = stats + 2 * result;
-      if (at->cut) {
-        const int64_t unit = static_cast<int64_t>(at->row) * args.cache.num_heads + at->head;
-        part_sums = args.partial + unit * kDecodeParts * (head_size + 2) + at->part * head_size;
-        part_stats = part_sums + (kDecodeParts - at->part) * head_size + 2 * at->part;
-      }
-      worker.Store(part_sums, part_stats, head_size, lane);
+      item = next;
     }
     __syncthreads();
-    if (at->ends) {
-      if (at->cut) {
-        (first_cut == nullptr ? first_cut : last_cut) = at;
-      } else {
-        const int start = result - at->part, results = task.results;
-        const auto place = [=](int p) { return start + p < 0 ? start + p + results : start + p; };
-        CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
-                        [=](int p) { return stats + place(p) * 2; },
-                        [](const float* p) { return *p; }, at->parts, head_size, 0, 32, lane,
-                        StoreOut(args, at->row, at->head * head_size));
+#pragma unroll 1
+    for (; ended != 0; ended &= ended - 1) {
+      const DecodeItem* const end = run + (__ffs(ended) - 1) * stride;
+      if ((end->flags & kItemCut) != 0) {
+        (first_cut == nullptr ? first_cut : last_cut) = end;
+        continue;
       }
+      const int start = end->result - end->part, results = task.results;
+      const auto place = [=](int p) { return start + p < 0 ? start + p + results : start + p; };
+      CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
+                      [=](int p) { return stats + place(p) * 2; },
+                      [](const float* p) { return *p; }, end->parts, head_size, 0, 32, lane,
+                      StoreOut(args, end->row, end->head * head_size));
     }
-    if ((at->flags & kItemMore) == 0) break;
-    at += gridDim.x * kWarps;
-    result += kWarps;
-    if (result >= task.results) result -= task.results;
   }
 
-  if (first_cut != nullptr) FinishCutHead(task, *first_cut, lane);
-  if (last_cut != nullptr) FinishCutHead(task, *last_cut, lane);
+#pragma unroll 1
+  while (first_cut != nullptr) {
+    FinishCutHead(task, *first_cut, lane);
+    first_cut = last_cut;
+    last_cut = nullptr;
+  }
   const int empty = task.plan.empty_rows[0];
   for (int i = blockIdx.x; i < empty; i += gridDim.x) {
     const StoreOut store(args, task.plan.empty_rows[1 + i], 0);
@@ -304,28 +332,28 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename Call>
-cudaError_t WithFlavour(const CacheLayout& cache, int32_t rows, const Call& call) {
+cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
   if (cache.head_size > kMostHeadSize) return cudaErrorInvalidValue;
-  const bool many = int64_t{rows} * cache.num_heads > kManyQueries;
   switch (cache.dtype) {
     case DType::kFloat32: {
       const int chunks = cache.head_stride / 4;
       if (chunks <= 8) return call(OnFma<DecodeShape<float, 8, 1, 8>, 16>());
-      if (chunks <= 16) return call(OnFma<DecodeShape<float, 16, 1, 8>, 8>());
+      if (chunks <= 16) return call(OnFma<DecodeShape<float, 16, 1, 8>, 8, 4>());
       if (chunks <= 32) return call(OnFma<DecodeShape<float, 32, 1, 4>, 4>());
       return call(OnFma<DecodeShape<float, 32, 2, 4>, 2>());
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks <= 8 && many) return call(OnMma<__half, 8, 8, 3, 2>());
-      if (chunks <= 8) return call(OnMma<__half, 8, 16, 2>());
-      if (chunks <= 16) return call(OnMma<__half, 16, 8>());
+      if (chunks == 8) return call(OnMma<__half, 8, true, 8, 2, 4, 2>());
+      if (chunks < 8) return call(OnMma<__half, 8, false, 16, 2>());
+      if (chunks <= 16) return call(OnMma<__half, 16, false, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
     case DType::kBFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks <= 8) return call(OnMma<BFloat16, 8, 12>());
-      if (chunks <= 16) return call(OnMma<BFloat16, 16, 8>());
+      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
+      if (chunks < 8) return call(OnMma<BFloat16, 8, false, 12>());
+      if (chunks <= 16) return call(OnMma<BFloat16, 16, false, 8>());
       return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
     }
     default: return cudaErrorInvalidValue;
@@ -339,8 +367,10 @@ int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask
   constexpr int32_t kWarps = Flavour::kWarps;
   task->row_bytes = cache.head_stride * (cache.dtype == DType::kFloat32 ? 4 : 2);
   const int32_t piece_bytes = kPage * task->row_bytes;
-  // A head's parts before the round that ends it, that round's, and those of the next.
-  task->results = 2 * kWarps + kDecodeParts - 1;
+  StreamGrid grid;
+  grid.warps = kWarps;
+  grid.run = Flavour::kRun;
+  task->results = grid.results();
   const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
   const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
   constexpr int32_t kPieces = Flavour::kPieces;
@@ -371,6 +401,7 @@ struct AskGrid {
     if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
     grid->blocks = limits.multiprocessors * Flavour::kResident;
     grid->warps = Flavour::kWarps;
+    grid->run = Flavour::kRun;
     return cudaSuccess;
   }
 };
@@ -387,6 +418,7 @@ struct LaunchStream {
     StreamGrid grid;
     grid.blocks = limits.multiprocessors * Flavour::kResident;
     grid.warps = Flavour::kWarps;
+    grid.run = Flavour::kRun;
     StreamTask task;
     const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
     if (bytes == 0) return cudaErrorInvalidValue;
@@ -406,14 +438,14 @@ struct LaunchStream {
 
 }  // namespace
 
-cudaError_t GetStreamGrid(const CacheLayout& cache, int32_t rows, StreamGrid* grid) {
+cudaError_t GetStreamGrid(const CacheLayout& cache, StreamGrid* grid) {
   *grid = StreamGrid();
   if (!FASTGEN_CUDA_HAS_PERSISTENT) return cudaSuccess;
-  return WithFlavour(cache, rows, AskGrid{cache, grid});
+  return WithFlavour(cache, AskGrid{cache, grid});
 }
 
 cudaError_t DecodeAttentionStream(const DecodeAttentionArgs& args, cudaStream_t stream) {
-  return WithFlavour(args.cache, args.rows, LaunchStream{args, stream});
+  return WithFlavour(args.cache, LaunchStream{args, stream});
 }
 
 }  // namespace cuda

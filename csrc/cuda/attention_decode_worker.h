@@ -1,7 +1,8 @@
 // How a warp of the streaming kernel attends over pages in shared memory: on tensor cores where the
 // cache has 16 bits, in float32 arithmetic elsewhere. Both have the members
-//   Begin(query, head_size, lane)           takes a query and starts a part
-//   Page(page, lane, free_keys, wait_values)  attends over a page
+//   Query(query, head_size, lane)           takes a query
+//   Clear()                                 starts a part
+//   Page<kOnly>(page, lane, free_keys, wait_values)  attends over a page, of a part that has no other
 //   Store(sums, stats, head_size, lane)     writes what the part has gathered, unscaled
 // where `free_keys` is called when the keys are not needed any more, and `wait_values` before the
 // values are.
@@ -17,7 +18,7 @@ namespace cuda {
 
 struct SharedPage {
   const char* keys;
-  const char* values;
+  char* values;  // what is behind the positions may be written to
   int row_bytes;
   int positions;  // at least 1; what is behind them may be anything
 };
@@ -26,12 +27,12 @@ template <typename S>
 struct FmaWorker {
   Gathered<S> gathered;
 
-  __device__ __forceinline__ void Begin(const float* query, int head_size, int lane) {
+  __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
     gathered.Query(query, head_size, lane);
-    gathered.Clear();
   }
+  __device__ __forceinline__ void Clear() { gathered.Clear(); }
 
-  template <typename FreeKeys, typename WaitValues>
+  template <bool kOnly, typename FreeKeys, typename WaitValues>
   __device__ __forceinline__ void Page(const SharedPage& page, int lane, const FreeKeys& free_keys,
                                        const WaitValues& wait_values) {
 #pragma unroll 1
@@ -146,38 +147,45 @@ __device__ __forceinline__ void MmaPiecesSecond(float (&c)[4], const uint32_t (&
 
 // Lane 4 g + m reads 16 bytes of position g of 8 keys, and of the values of positions that its m has,
 // as they go to fragments: a product may take its columns in any order. Heads of up to kChunks times 16
-// bytes.
-template <typename T, int kChunks>
+// bytes, or of so many if they are kFull.
+template <typename T, int kChunks, bool kFull>
 struct MmaWorker {
   static constexpr int kKeyLoads = kChunks / 4;
   static constexpr int kValueLoads = kChunks / 8;
   static constexpr int kTiles = kPage / 8;  // of 8 positions
-  using Query = QueryPieces<T, 8 * kChunks>;
+  using Split = QueryPieces<T, 8 * kChunks>;
 
   PairPieces<T> q[kKeyLoads][4];
   // [j][u]: numbers 2 u and 2 u + 1 of piece g + 8 j of 16 bytes, each with two sums.
   float acc[kValueLoads][4][4];
   float max, sum;
 
-  __device__ __forceinline__ void Begin(const float* query, int head_size, int lane) {
+  __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
 #pragma unroll
     for (int j = 0; j < kKeyLoads; ++j) {
+      const float* const from = query + (lane % 4 + 4 * j) * 8;
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        if (kFull) {
+          const float4 four = *reinterpret_cast<const float4*>(from + i);
+          x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+          continue;
+        }
+#pragma unroll
+        for (int e = i; e < i + 4; ++e) {
+          x[e] = (lane % 4 + 4 * j) * 8 + e < head_size ? from[e] : 0.0f;
+        }
+      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float x[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int d = (lane % 4 + 4 * j) * 8 + 2 * e + i;
-          x[i] = d < head_size ? Query::Scaled(query[d]) : 0.0f;
-        }
-        q[j][e].Set(x[0], x[1]);
+        q[j][e].Set(Split::Scaled(x[2 * e]), Split::Scaled(x[2 * e + 1]));
       }
     }
-    Clear();
   }
 
   // A query that is in pieces already, of kChunks times 8 numbers.
-  __device__ __forceinline__ void Begin(const Query& query, int lane) {
+  __device__ __forceinline__ void Query(const Split& query, int lane) {
 #pragma unroll
     for (int j = 0; j < kKeyLoads; ++j) {
       uint4 read[3] = {};
@@ -190,7 +198,6 @@ struct MmaWorker {
       q[j][2] = {read[0].z, read[1].z, read[2].z};
       q[j][3] = {read[0].w, read[1].w, read[2].w};
     }
-    Clear();
   }
 
   __device__ __forceinline__ void Clear() {
@@ -203,21 +210,21 @@ struct MmaWorker {
     sum = 0.0f;
   }
 
-  // kOnly: the part has no other page.
-  template <bool kOnly = false, typename FreeKeys, typename WaitValues>
+  template <bool kOnly, typename FreeKeys, typename WaitValues>
   __device__ __forceinline__ void Page(const SharedPage& page, int lane, const FreeKeys& free_keys,
                                        const WaitValues& wait_values) {
     const int g = lane / 4, m = lane % 4;
+    const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
     float scores[kTiles][2];  // of positions 8 t + 2 m, and the next
-    const char* const keys = page.keys + g * page.row_bytes + m * 16;
+    const char* const keys = page.keys + g * row_bytes + m * 16;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int j = 0; j < kKeyLoads; ++j) {
         uint4 k = make_uint4(0, 0, 0, 0);
-        if ((m + 4 * j) * 16 < page.row_bytes) {
-          k = *reinterpret_cast<const uint4*>(keys + t * 8 * page.row_bytes + j * 64);
+        if (kFull || (m + 4 * j) * 16 < row_bytes) {
+          k = *reinterpret_cast<const uint4*>(keys + t * 8 * row_bytes + j * 64);
         }
         MmaPiecesFirst<T>(c, q[j][0], q[j][1], k.x, k.y);
         MmaPiecesFirst<T>(c, q[j][2], q[j][3], k.z, k.w);
@@ -253,8 +260,16 @@ struct MmaWorker {
       }
     }
     wait_values();
+    if (page.positions < kPage) {
+      // Their weights are 0, so numbers will do.
+      for (int byte = page.positions * row_bytes + lane * 16; byte < kPage * row_bytes;
+           byte += 512) {
+        *reinterpret_cast<uint4*>(page.values + byte) = make_uint4(0, 0, 0, 0);
+      }
+      __syncwarp();
+    }
 
-    const char* const values = page.values + 2 * m * page.row_bytes + g * 16;
+    const char* const values = page.values + 2 * m * row_bytes + g * 16;
 #pragma unroll
     for (int s = 0; s < kTiles / 2; ++s) {
       PairPieces<T> low, high;
@@ -268,8 +283,8 @@ struct MmaWorker {
         for (int i = 0; i < 4; ++i) {
           const int position = 16 * s + i / 2 * 8 + i % 2;
           v[i] = make_uint4(0, 0, 0, 0);
-          if (position + 2 * m < page.positions && (g + 8 * j) * 16 < page.row_bytes) {
-            v[i] = *reinterpret_cast<const uint4*>(values + position * page.row_bytes + j * 128);
+          if (kFull || (g + 8 * j) * 16 < row_bytes) {
+            v[i] = *reinterpret_cast<const uint4*>(values + position * row_bytes + j * 128);
           }
         }
         const uint32_t words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w},
@@ -294,15 +309,22 @@ struct MmaWorker {
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
 #pragma unroll
     for (int j = 0; j < kValueLoads; ++j) {
+      // All m have the same sums; each writes two of them.
+      float mine[4];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          // All m have the same sums.
-          const int d = (g + 8 * j) * 8 + 2 * u + i;
-          const float x = fmaf(acc[j][u][2 * i + 1], Pieces<T>::kSecondUnit, acc[j][u][2 * i]);
-          if (u == m && d < head_size) sums[d] = x;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float low = m % 2 == 0 ? acc[j][0][i] : acc[j][1][i];
+        const float high = m % 2 == 0 ? acc[j][2][i] : acc[j][3][i];
+        mine[i] = m < 2 ? low : high;
+      }
+      const int d = (g + 8 * j) * 8 + 2 * m;
+      const float first = fmaf(mine[1], Pieces<T>::kSecondUnit, mine[0]);
+      const float second = fmaf(mine[3], Pieces<T>::kSecondUnit, mine[2]);
+      if (kFull) {
+        *reinterpret_cast<float2*>(sums + d) = make_float2(first, second);
+      } else {
+        if (d < head_size) sums[d] = first;
+        if (d + 1 < head_size) sums[d + 1] = second;
       }
     }
     if (lane == 0) {

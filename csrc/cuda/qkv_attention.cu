@@ -143,10 +143,11 @@ struct Pages {
 // Attends over a page, at `slot`, whose first positions the row sees.
 template <typename Element>
 __device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>& query,
-                                        const char* slot, int32_t positions, float* sums,
+                                        char* slot, int32_t positions, float* sums,
                                         float* stats, int32_t lane) {
-  MmaWorker<Element, kHeadSize / 8> worker;
-  worker.Begin(query, lane);
+  MmaWorker<Element, kHeadSize / 8, true> worker;
+  worker.Query(query, lane);
+  worker.Clear();
   SharedPage page;
   page.keys = slot;
   page.values = slot + kPageBytes;
