@@ -38,18 +38,20 @@ struct OnFma {
   static constexpr int kPieces = kMostPieces;
   static constexpr int kRun = kRun_;
   static constexpr int kResident = 1;
+  static constexpr int kBeside = 128;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
 #endif
 };
 
 template <typename T, int kChunks, bool kFull, int kWarps_, int kPieces_ = kMostPieces,
-          int kRun_ = 1, int kResident_ = 1>
+          int kRun_ = 1, int kBeside_ = 128>
 struct OnMma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kPieces_;
   static constexpr int kRun = kRun_;
-  static constexpr int kResident = kResident_;
+  static constexpr int kResident = 1;
+  static constexpr int kBeside = kBeside_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks, kFull>;
 #endif
@@ -215,15 +217,14 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
   // Two queries of a warp: the one it works with, and the next.
   float* const queries = reinterpret_cast<float*>(shared + task.queries_at) + warp * 2 * head_size;
   float* query = queries;  // the next
-  const auto copy_query = [&](const DecodeItem& of) {
-    const float* const from =
-        args.q + of.row * args.ldq + static_cast<int64_t>(of.head) * head_size;
+  const auto copy_query = [&](int row, int head) {
+    const float* const from = args.q + row * args.ldq + static_cast<int64_t>(head) * head_size;
     for (int d = lane; d < head_size; d += 32) StreamCopy4(query + d, from + d, 4);
     CommitCopies();
   };
   supply.AskLate(lane);
   bool first = true;
-  if (item.positions > 0) copy_query(item);
+  if (item.positions > 0) copy_query(item.row, item.head);
 
   float* const sums = reinterpret_cast<float*>(shared + task.results_at);
   float* const stats = sums + task.results * head_size;
@@ -266,7 +267,6 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
 #pragma unroll 1
     for (int i = 0; i < Flavour::kRun && more; ++i) {
       at += stride;
-      const DecodeItem next = *at;  // there is room for it, if nothing else
       more = (item.flags & kItemMore) != 0;
       if (item.positions > 0) {
         if (query_wanted) {
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
           query = query == queries ? queries + head_size : queries;
         }
         query_wanted = (item.flags & kItemTurns) != 0;
-        if (query_wanted) copy_query(next);
+        if (query_wanted) copy_query(at->row, at->head);
         worker.Clear();
         if (item.positions <= kPage) {
           attend(Only<true>(), item.positions);
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
         worker.Store(part_sums, part_stats, head_size, lane);
         if ((item.flags & kItemEnds) != 0) ended |= 1u << i;
       }
-      item = next;
+      item = *at;  // there is room for it, if nothing else
     }
     __syncthreads();
 #pragma unroll 1
@@ -344,14 +344,14 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<__half, 8, true, 8, 2, 4, 2>());
+      if (chunks == 8) return call(OnMma<__half, 8, true, 12, 2, 6, 112>());
       if (chunks < 8) return call(OnMma<__half, 8, false, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, false, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
     case DType::kBFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
+      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6, 112>());
       if (chunks < 8) return call(OnMma<BFloat16, 8, false, 12>());
       if (chunks <= 16) return call(OnMma<BFloat16, 16, false, 8>());
       return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
