@@ -364,8 +364,11 @@ void CudaDevice::PreparePersistent() {
 }
 
 bool CudaDevice::RunsPersistent(int32_t rows) const {
-  return rows <= kPersistentRows && persistent_rows_[rows] &&
-         step_policy.load() != StepPolicy::kKernels;
+  if (rows > kPersistentRows || !persistent_rows_[rows]) return false;
+  const StepPolicy policy = step_policy;
+  if (policy != StepPolicy::kAutomatic) return policy != StepPolicy::kKernels;
+  if (rows < kWideRows || config_.hidden_size < kWideColumns) return true;
+  return !JoinsAttention(rows, config_.hidden_size < kWiderColumns ? kWideLength : kJoinedLength);
 }
 
 bool CudaDevice::ChoosesInStep() const {

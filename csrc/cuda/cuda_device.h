@@ -19,9 +19,9 @@
 
 namespace fastgen::cuda {
 
-// How steps of few rows run: as the device decides, as those of many, or without choosing tokens in the
-// same kernel. Tests choose; it is the whole process's.
-enum class StepPolicy : int32_t { kAutomatic, kKernels, kChoiceApart };
+// How steps of few rows run: as the device decides, as those of many, as one kernel where they can but
+// without choosing tokens in it, or as one kernel where they can. Tests choose; it is the whole process's.
+enum class StepPolicy : int32_t { kAutomatic, kKernels, kChoiceApart, kOneKernel };
 void SetStepPolicy(StepPolicy policy);
 // Steps that were launched as one kernel so far, and of these those that chose tokens.
 struct StepCounts {
@@ -64,6 +64,12 @@ class CudaDevice {
   // Rows, and tokens of each, up to which JoinsAttention may be.
   static constexpr int32_t kJoinedRows = 8;
   static constexpr int32_t kJoinedLength = 512;
+  // Where attention joins the product before it, steps of three and four rows are sooner done so than as one
+  // kernel in networks so wide: up to so many tokens, and from a greater width on as long as it joins
+  // (measured on an H200).
+  static constexpr int32_t kWideRows = 3;
+  static constexpr int32_t kWideColumns = 1024, kWideLength = 208;
+  static constexpr int32_t kWiderColumns = 1280;
   static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
 
   // What the host knows of a sequence.
@@ -106,8 +112,8 @@ class CudaDevice {
   // The same where products take rows as 16 bits, between the embedding and the logits.
   void LaunchPackedForward(int32_t rows);
   // Whether attention and the product before it are one kernel in the step of step_slots_: the same bits,
-  // sooner where they wait for each other, later where there is much to read.
-  bool JoinsAttention(int32_t rows) const;
+  // sooner where they wait for each other, later where there is much to read. Of sequences up to a length.
+  bool JoinsAttention(int32_t rows, int32_t length = kJoinedLength) const;
   DecodeAttentionArgs Attention(int32_t rows) const;
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).
@@ -119,6 +125,7 @@ class CudaDevice {
   void LaunchFirst(int32_t rows);
   // Steps of few rows as one kernel, where the device and the network allow it.
   void PreparePersistent();
+  // Whether the step of step_slots_ does.
   bool RunsPersistent(int32_t rows) const;
   // With a choice the step ends with its tokens, else with its logits.
   void LaunchPersistent(int32_t rows, const SampleArgs* choice = nullptr);

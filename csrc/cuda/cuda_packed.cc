@@ -24,13 +24,13 @@ LinearRowsArgs CudaDevice::PackedProduct(const Matrix& w, const PackedRows& x, i
   return args;
 }
 
-bool CudaDevice::JoinsAttention(int32_t rows) const {
+bool CudaDevice::JoinsAttention(int32_t rows, int32_t length) const {
   static_assert(kJoinedLength <= kDecodeParts * kPage, "as QkvAttention takes rows");
   if (!joins_attention_ || rows > kJoinedRows) return false;
-  return std::all_of(step_slots_.begin(), step_slots_.end(), [this](int32_t index) {
+  return std::all_of(step_slots_.begin(), step_slots_.end(), [this, length](int32_t index) {
     if (index < 0) return true;
     const HostSlot& slot = slots_[static_cast<size_t>(index)];
-    return slot.prompt_length + slot.launched <= kJoinedLength;
+    return slot.prompt_length + slot.launched <= length;
   });
 }
 

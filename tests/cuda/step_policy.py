@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from fastgen import _capi
 
-AUTOMATIC, KERNELS, CHOICE_APART = range(3)  # StepPolicy of csrc/cuda/cuda_device.h
+AUTOMATIC, KERNELS, CHOICE_APART, ONE_KERNEL = range(4)  # StepPolicy of csrc/cuda/cuda_device.h
+_chosen = [AUTOMATIC]
 
 
 def _library() -> ctypes.CDLL:
@@ -33,11 +34,13 @@ def steps_that_chose() -> int:
 
 @contextmanager
 def _policy(policy: int) -> Iterator[None]:
+    _chosen.append(policy)
     _library().fastgen_cuda_test_step_policy(policy)
     try:
         yield
     finally:
-        _library().fastgen_cuda_test_step_policy(AUTOMATIC)
+        _chosen.pop()
+        _library().fastgen_cuda_test_step_policy(_chosen[-1])
 
 
 @contextmanager
@@ -48,7 +51,14 @@ def kernels_only() -> Iterator[None]:
 
 
 @contextmanager
+def one_kernel() -> Iterator[None]:
+    """Steps of few rows are one kernel wherever they can be."""
+    with _policy(ONE_KERNEL):
+        yield
+
+
+@contextmanager
 def choice_apart() -> Iterator[None]:
-    """Tokens are chosen by a kernel of their own."""
+    """Such steps are one kernel, but tokens are chosen by another."""
     with _policy(CHOICE_APART):
         yield

@@ -16,7 +16,7 @@ from fastgen.testing.margins import ParityLog, compare
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
 from fastgen.testing.sampling import filter_probs, probabilities, process_logits
 from fastgen.testing.strategies import Case, cases
-from tests.cuda.step_policy import kernels_only
+from tests.cuda.step_policy import kernels_only, steps_as_one_kernel
 
 TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 # Normalised mean squared error of logits, of the design.
@@ -188,6 +188,41 @@ def test_joined_attention_gives_the_same(dtype: str) -> None:
     for one, other, third in zip(few, together, quiet):
         assert one.tokens == other.tokens == third.tokens
         assert (logits_of(one) == logits_of(other)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "shorter", "longer"),
+    [
+        (GPTShape(503, 640, 1024, 2, 16, 4096), 190, 300),
+        (GPTShape(503, 640, 1280, 2, 20, 5120), 300, 530),
+    ],
+    ids=["h1024", "h1280"],
+)
+def test_three_and_four_rows_of_a_wide_network(
+    shape: GPTShape, shorter: int, longer: int, dtype: str
+) -> None:
+    """Short ones run as more rows do, with the same bits; long ones, and one and two, as one kernel."""
+    options = GenerationOptions(max_length=12, eos_token_id=-1)
+    tensors = make_tensors(shape, WeightRecipe(7))
+    with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda:
+
+        def steps_of(prompts: list[list[int]]) -> tuple[list[EngineSequence], int]:
+            before = steps_as_one_kernel()
+            return cuda.generate(prompts, options), steps_as_one_kernel() - before
+
+        if steps_of([prompt(shape, 3)])[1] == 0:
+            pytest.skip("steps are not one kernel here")
+        for rows in (2, 3, 4):
+            for longest, short in ((shorter, True), (longer, False)):
+                prompts = [prompt(shape, longest - 5 * i, i) for i in range(rows)]
+                ours, as_one_kernel = steps_of(prompts)
+                assert (as_one_kernel == 0) == (rows > 2 and short), (rows, longest)
+                if as_one_kernel == 0:
+                    with kernels_only():
+                        theirs = cuda.generate(prompts, options)
+                    assert [s.tokens for s in ours] == [s.tokens for s in theirs]
+                    assert [s.score for s in ours] == [s.score for s in theirs]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fastgen.options import GenerationOptions
 from fastgen.testing.engine import EngineModel, EngineSequence
 from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
-from tests.cuda.step_policy import kernels_only, steps_as_one_kernel
+from tests.cuda.step_policy import kernels_only, one_kernel, steps_as_one_kernel
 
 # Normalised mean squared error of logits. Both ways round a weight of 4 bits times its scale to
 # float16, but one norms its input before the product and the other after it.
@@ -27,6 +28,13 @@ SHAPES = [
     GPTShape(300, 1024, 1280, 2, 20, 5120),
     GPTShape(300, 1024, 1600, 2, 25, 6400),  # more units of attention than multiprocessors
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_kernel() -> Iterator[None]:
+    """Also where other kernels are sooner."""
+    with one_kernel():
+        yield
 
 
 def prompt(shape: GPTShape, length: int, seed: int = 0) -> list[int]:

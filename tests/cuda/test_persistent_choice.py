@@ -4,7 +4,7 @@ bit for bit."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -15,12 +15,19 @@ from fastgen.testing.models import GPTShape, WeightRecipe, make_tensors
 from tests.cuda import ops
 from tests.cuda.memory import Array, Buffer
 from tests.cuda.sample_case import Case, Rows, draw_logits, sampling
-from tests.cuda.step_policy import choice_apart, steps_that_chose
+from tests.cuda.step_policy import choice_apart, one_kernel, steps_that_chose
 
 GREEDY = GenerationOptions(decode_strategy="greedy_search", eos_token_id=-1, max_length=64)
 HIDDEN = 64
 POSITIONS = 256
 TOP_K = 8  # kPersistentTopK
+
+
+@pytest.fixture(autouse=True)
+def _one_kernel() -> Iterator[None]:
+    """Also where other kernels are sooner."""
+    with one_kernel():
+        yield
 
 
 class GivenLogits:
