@@ -1,4 +1,4 @@
-// Attention of decode steps where there are bulk copies (sm_90): one or two blocks per multiprocessor,
+// Attention of decode steps where there are bulk copies (sm_90): one block per multiprocessor,
 // whose warps each stream their parts' keys and values through a ring in shared memory, ahead of the part
 // they work on. So memory waits neither for page tables nor for the end of a head. Which parts they
 // are the step's plan says: in runs of neighbours, so that a query is taken up once for the parts of its
@@ -30,28 +30,23 @@ struct StreamTask {
   int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
 };
 
-// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, parts of a run,
-// and blocks of a multiprocessor.
+// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, and parts of a run.
 template <typename S, int kWarps_, int kRun_ = 1>
 struct OnFma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kMostPieces;
   static constexpr int kRun = kRun_;
-  static constexpr int kResident = 1;
-  static constexpr int kBeside = 128;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
 #endif
 };
 
 template <typename T, int kChunks, bool kFull, int kWarps_, int kPieces_ = kMostPieces,
-          int kRun_ = 1, int kBeside_ = 128>
+          int kRun_ = 1>
 struct OnMma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kPieces_;
   static constexpr int kRun = kRun_;
-  static constexpr int kResident = 1;
-  static constexpr int kBeside = kBeside_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks, kFull>;
 #endif
@@ -184,7 +179,7 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
 template <typename Flavour>
-__global__ void __launch_bounds__(Flavour::kWarps * 32, Flavour::kResident)
+__global__ void __launch_bounds__(Flavour::kWarps * 32)
     StreamKernel(const StreamTask task) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   constexpr int kWarps = Flavour::kWarps;
@@ -344,14 +339,14 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<__half, 8, true, 12, 2, 6, 112>());
+      if (chunks == 8) return call(OnMma<__half, 8, true, 12, 2, 6>());
       if (chunks < 8) return call(OnMma<__half, 8, false, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, false, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
     case DType::kBFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6, 112>());
+      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
       if (chunks < 8) return call(OnMma<BFloat16, 8, false, 12>());
       if (chunks <= 16) return call(OnMma<BFloat16, 16, false, 8>());
       return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
@@ -361,7 +356,7 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
 }
 
 // Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
-// multiprocessor's, or of its half, so that no more blocks meet on one than should.
+// multiprocessor's, so that no two blocks meet on one.
 template <typename Flavour>
 int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask* task) {
   constexpr int32_t kWarps = Flavour::kWarps;
@@ -381,7 +376,7 @@ int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask
   task->results_at = task->queries_at + query_bytes;
   task->barriers_at = task->results_at + result_bytes;
   const int32_t bytes = task->barriers_at + kWarps * task->pieces * 8;
-  return Flavour::kResident > 1 ? bytes : std::max(bytes, limits.shared_bytes / 2 + 1024);
+  return std::max(bytes, limits.shared_bytes / 2 + 1024);
 }
 
 struct AskGrid {
@@ -399,7 +394,7 @@ struct AskGrid {
     if (status != cudaSuccess) return status;
     StreamTask task;
     if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
-    grid->blocks = limits.multiprocessors * Flavour::kResident;
+    grid->blocks = limits.multiprocessors;
     grid->warps = Flavour::kWarps;
     grid->run = Flavour::kRun;
     return cudaSuccess;
@@ -416,7 +411,7 @@ struct LaunchStream {
     const cudaError_t status = GetDeviceLimits(&limits);
     if (status != cudaSuccess) return status;
     StreamGrid grid;
-    grid.blocks = limits.multiprocessors * Flavour::kResident;
+    grid.blocks = limits.multiprocessors;
     grid.warps = Flavour::kWarps;
     grid.run = Flavour::kRun;
     StreamTask task;

@@ -205,12 +205,16 @@ def test_decode_of_large_scores(library: Any, planned: bool, dtype: str) -> None
     assert distance(out[0], cache.attend(0, q[0].astype(np.float64), 700)) < 2e-3
 
 
-def test_decode_of_many_ragged_rows(library: Any, planned: bool) -> None:
-    """Heads are cut where rows are few or unequal; many rows, some of them without a token."""
+@pytest.mark.parametrize(
+    ("dtype", "many"), [("float16", 300), ("float16", 1500), ("bfloat16", 1500), ("float32", 900)]
+)
+def test_decode_of_many_ragged_rows(library: Any, planned: bool, dtype: str, many: int) -> None:
+    """Heads are cut where rows are few or unequal; many rows, some of them without a token; so many
+    that warps go through several runs and blocks keep their results in turns."""
     rng = np.random.default_rng(11)
     lengths = [int(n) for n in rng.integers(1, 400, 40)] + [1300, 2100]
-    cache = Sequences(lengths, 3, 64, "float16", seed=7, finished=[3, 17])
-    rows = [(int(slot), -1) for slot in rng.integers(-1, len(lengths), 300)]
+    cache = Sequences(lengths, 3, 64, dtype, seed=7, finished=[3, 17])
+    rows = [(int(slot), -1) for slot in rng.integers(-1, len(lengths), many)]
     rows += [(int(slot), int(rng.integers(0, lengths[slot]))) for slot in range(len(lengths))]
     q = queries(len(rows), cache)
     out = run_decode(library, cache, rows, q, 2, planned, overlap=True)
