@@ -207,11 +207,6 @@ __device__ __forceinline__ void WaitAt(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
-// Orders this thread's stores to shared memory before what the bulk engine does after a barrier.
-__device__ __forceinline__ void FenceForBulk() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 __device__ __forceinline__ void PrefetchToL2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }

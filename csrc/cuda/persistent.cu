@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Threads<kRows>::kCount, 1)
   for (int i = thread * 16; i < plan.clear; i += Threads<kRows>::kCount * 16) {
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   }
-  if (plan.clear > 0) FenceForBulk();
+  if (plan.clear > 0) FenceForBulkEngine();
   __syncthreads();
   const int streamer = warp - kWarps - kFinisherWarps;
   if (streamer >= 0 && streamer < plan.copiers) {

@@ -129,15 +129,6 @@ struct CachePlace {
   int32_t in_page;  // position within the page
 };
 
-__device__ inline CachePlace PlaceOf(const Row& row, const Slot* slots) {
-  CachePlace place = {nullptr, 0};
-  const int32_t position = PositionOf(row, slots);
-  if (position < 0) return place;
-  place.page = slots[row.slot].pages[position / kPage];
-  place.in_page = position % kPage;
-  return place;
-}
-
 __device__ inline RowPlace WholePlaceOf(const Row& row, const Slot* slots) {
   RowPlace place = {nullptr, nullptr, 0, 0};
   const int32_t position = PositionOf(row, slots);
@@ -147,6 +138,11 @@ __device__ inline RowPlace WholePlaceOf(const Row& row, const Slot* slots) {
   place.in_page = position % kPage;
   place.length = position + 1;
   return place;
+}
+
+__device__ inline CachePlace PlaceOf(const Row& row, const Slot* slots) {
+  const RowPlace place = WholePlaceOf(row, slots);
+  return CachePlace{place.page, place.in_page};
 }
 
 // Index in its page of the first element of a head's key (kind 0) or value (kind 1).
