@@ -49,8 +49,8 @@ struct DecodePlan {
 struct StreamGrid {
   int32_t blocks = 0;
   int32_t warps = 0;
-  int32_t run =
-      0;  // rounds from one barrier of a block to the next, in which a warp's parts are neighbours
+  // Rounds from one barrier of a block to the next, in which a warp's parts are neighbours.
+  int32_t run = 0;
 
   // Parts of which a block keeps what became of them: of a head those before a run of all warps, these, and
   // the next ones.

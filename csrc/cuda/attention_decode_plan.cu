@@ -1,7 +1,7 @@
 // The plan of a decode step's attention: which warp of which block takes which part of which row, for
 // all layers. All parts of all rows are numbered: by row, head, part. A block takes neighbouring ones,
-// and so do its warps, in runs, so that a warp has few queries. Blocks begin at a head where that balances them; where it does not,
-// heads are cut.
+// and so do its warps, in runs, so that a warp has few queries. Blocks begin at a head where that
+// balances them; where it does not, heads are cut.
 #include <algorithm>
 
 #include "cuda/attention_decode.h"
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const PlanTask task) {
   const int begin = range[0], end = range[1];
   const int warps = task.grid.warps, run = task.grid.run;
   const int rounds = max(1, (end - begin + warps - 1) / warps);
-  // The last runs are shorter: all warps have some of what is left.
+  // The last runs are shorter, and the last warps may have none: fewer warps take up fewer queries.
   const auto number_of = [=](int round, int warp) {
     const int first = begin + round / run * run * warps;
     const int each = min(run, (end - first + warps - 1) / warps);

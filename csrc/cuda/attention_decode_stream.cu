@@ -20,6 +20,7 @@ namespace cuda {
 namespace {
 
 constexpr int32_t kMostPieces = 8;
+
 struct StreamTask {
   DecodeAttentionArgs args;
   DecodePlan plan;

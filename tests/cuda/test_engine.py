@@ -202,7 +202,7 @@ def test_joined_attention_gives_the_same(dtype: str) -> None:
 def test_three_and_four_rows_of_a_wide_network(
     shape: GPTShape, shorter: int, longer: int, dtype: str
 ) -> None:
-    """Short ones run as more rows do, with the same bits; long ones, and one and two, as one kernel."""
+    """Short ones run as more rows do, with the same bits; long ones, and two, as one kernel."""
     options = GenerationOptions(max_length=12, eos_token_id=-1)
     tensors = make_tensors(shape, WeightRecipe(7))
     with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda:
