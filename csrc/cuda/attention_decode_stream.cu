@@ -7,6 +7,7 @@
 //
 // What is in the cache from steps before is asked for before the kernel before has ended.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/attention_decode.h"
 #include "cuda/attention_decode_worker.h"
@@ -51,11 +52,6 @@ struct OnMma {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks, kFull>;
 #endif
-};
-
-template <bool kValue>
-struct Only {
-  static constexpr bool value = kValue;
 };
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
@@ -184,6 +180,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32)
     StreamKernel(const StreamTask task) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   constexpr int kWarps = Flavour::kWarps;
+  static_assert(Flavour::kRun <= 32, "a bit for each round of a run");
   const DecodeAttentionArgs& args = task.args;
   char* const shared = SharedMemory();
   const int lane = threadIdx.x % 32;
@@ -277,10 +274,10 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32)
         if (query_wanted) copy_query(at->row, at->head);
         worker.Clear();
         if (item.positions <= kPage) {
-          attend(Only<true>(), item.positions);
+          attend(std::true_type(), item.positions);
         } else {
 #pragma unroll 1
-          for (int left = item.positions; left > 0; left -= kPage) attend(Only<false>(), left);
+          for (int left = item.positions; left > 0; left -= kPage) attend(std::false_type(), left);
         }
         float* part_sums = sums + item.result * head_size;
         float* part_stats = stats + 2 * item.result;
@@ -340,20 +337,29 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<__half, 8, true, 12, 2, 6>());
-      if (chunks < 8) return call(OnMma<__half, 8, false, 16, 2>());
+      if (cache.head_size == 64) return call(OnMma<__half, 8, true, 12, 2, 6>());
+      if (chunks <= 8) return call(OnMma<__half, 8, false, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, false, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
     case DType::kBFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (chunks == 8) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
-      if (chunks < 8) return call(OnMma<BFloat16, 8, false, 12>());
+      if (cache.head_size == 64) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
+      if (chunks <= 8) return call(OnMma<BFloat16, 8, false, 12>());
       if (chunks <= 16) return call(OnMma<BFloat16, 16, false, 8>());
       return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
     }
     default: return cudaErrorInvalidValue;
   }
+}
+
+template <typename Flavour>
+StreamGrid GridOf(const DeviceLimits& limits) {
+  StreamGrid grid;
+  grid.blocks = limits.multiprocessors;
+  grid.warps = Flavour::kWarps;
+  grid.run = Flavour::kRun;
+  return grid;
 }
 
 // Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
@@ -363,10 +369,7 @@ int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask
   constexpr int32_t kWarps = Flavour::kWarps;
   task->row_bytes = cache.head_stride * (cache.dtype == DType::kFloat32 ? 4 : 2);
   const int32_t piece_bytes = kPage * task->row_bytes;
-  StreamGrid grid;
-  grid.warps = kWarps;
-  grid.run = Flavour::kRun;
-  task->results = grid.results();
+  task->results = GridOf<Flavour>(limits).results();
   const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
   const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
   constexpr int32_t kPieces = Flavour::kPieces;
@@ -395,9 +398,7 @@ struct AskGrid {
     if (status != cudaSuccess) return status;
     StreamTask task;
     if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
-    grid->blocks = limits.multiprocessors;
-    grid->warps = Flavour::kWarps;
-    grid->run = Flavour::kRun;
+    *grid = GridOf<Flavour>(limits);
     return cudaSuccess;
   }
 };
@@ -411,10 +412,7 @@ struct LaunchStream {
     DeviceLimits limits;
     const cudaError_t status = GetDeviceLimits(&limits);
     if (status != cudaSuccess) return status;
-    StreamGrid grid;
-    grid.blocks = limits.multiprocessors;
-    grid.warps = Flavour::kWarps;
-    grid.run = Flavour::kRun;
+    const StreamGrid grid = GridOf<Flavour>(limits);
     StreamTask task;
     const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
     if (bytes == 0) return cudaErrorInvalidValue;

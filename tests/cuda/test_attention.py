@@ -148,7 +148,7 @@ def queries(count: int, cache: Sequences, seed: int = 1) -> Array:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("head_size", [8, 20, 33, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("head_size", [8, 20, 33, 57, 60, 64, 80, 128, 200, 256])
 def test_decode_matches_float64(library: Any, planned: bool, dtype: str, head_size: int) -> None:
     lengths = [1, 31, 32, 33, 97, 130, 513, 1056]
     cache = Sequences(lengths, 3, head_size, dtype)
@@ -345,7 +345,7 @@ RUN_LENGTHS = [1, 47, 95, 279]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("head_size", [8, 20, 33, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("head_size", [8, 20, 33, 57, 60, 64, 80, 128, 200, 256])
 def test_prefill_matches_float64(library: Any, dtype: str, head_size: int) -> None:
     cache = Sequences(RUN_LENGTHS, 2, head_size, dtype)
     check_prefill(library, cache, RUNS, dtype, spare=0)
