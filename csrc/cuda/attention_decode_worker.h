@@ -170,11 +170,11 @@ struct MmaWorker {
         if (kFull) {
           const float4 four = *reinterpret_cast<const float4*>(from + i);
           x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-          continue;
-        }
+        } else {
 #pragma unroll
-        for (int e = i; e < i + 4; ++e) {
-          x[e] = (lane % 4 + 4 * j) * 8 + e < head_size ? from[e] : 0.0f;
+          for (int e = i; e < i + 4; ++e) {
+            x[e] = (lane % 4 + 4 * j) * 8 + e < head_size ? from[e] : 0.0f;
+          }
         }
       }
 #pragma unroll
