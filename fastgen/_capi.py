@@ -240,6 +240,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastgen_isa_name": (c_char_p, [c_size_t]),
     "fastgen_isa_supported": (c_int, [c_size_t]),
     "fastgen_config_init": (None, [POINTER(Config)]),
+    "fastgen_config_parse": (c_int, [c_char_p, c_size_t, c_char_p, POINTER(Config)]),
     "fastgen_model_options_init": (None, [POINTER(ModelOptions)]),
     "fastgen_model_load": (c_int, [c_char_p, POINTER(ModelOptions), POINTER(c_void_p)]),
     "fastgen_model_create": (

@@ -13,13 +13,13 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen import _export, _quantize
+from fastgen import _config, _export, _quantize
 from fastgen._json import read_json
 from fastgen._safetensors import (
     Tensors,
@@ -145,13 +145,51 @@ def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
             f"{directory} has weights that were rounded to {stored}, which only the engine reads: "
             "use the model that it was converted from"
         )
-    weights = directory / "model.safetensors"
+    config = _config.complete(config, str(directory / "config.json"))
+    weights = _read_weights(directory, ("model.safetensors",))
+    if weights is None:
+        raise NotFoundError(
+            f"{directory} has neither model.safetensors nor model.safetensors.index.json"
+        )
     tensors = {
         name[len("transformer.") :] if name.startswith("transformer.") else name: array
-        for name, array in read_safetensors(weights).items()
+        for name, array in weights.items()
         if not is_buffer(name)
     }
+    _check_tensors(config, tensors, str(directory))
     return config, tensors
+
+
+def _check_tensors(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
+    """That the tensors of HuggingFace's names are there, of the sizes of the configuration."""
+    hidden, vocab = config["n_embd"], config["vocab_size"]
+    inner = config.get("n_inner") or 4 * hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (vocab, hidden),
+        "wpe.weight": (config["n_positions"], hidden),
+        "ln_f.weight": (hidden,),
+        "ln_f.bias": (hidden,),
+    }
+    for i in range(config["n_layer"]):
+        for name, rows, columns in (
+            ("attn.c_attn", hidden, 3 * hidden),
+            ("attn.c_proj", hidden, hidden),
+            ("mlp.c_fc", hidden, inner),
+            ("mlp.c_proj", inner, hidden),
+        ):
+            shapes[f"h.{i}.{name}.weight"] = (rows, columns)
+            shapes[f"h.{i}.{name}.bias"] = (columns,)
+        for name in ("ln_1", "ln_2"):
+            shapes[f"h.{i}.{name}.weight"] = shapes[f"h.{i}.{name}.bias"] = (hidden,)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ModelFileError(f"{where}: tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise ModelFileError(
+                f"{where}: tensor {name} has shape {list(tensors[name].shape)}: the configuration "
+                f"asks for {list(shape)}"
+            )
+    _config.check_head(config, tensors, where)
 
 
 def _paddlenlp_config(directory: Path) -> dict[str, Any]:
@@ -184,15 +222,30 @@ def _find_sizes(value: Any) -> dict[str, Any] | None:
 
 
 def _read_paddlenlp_weights(directory: Path) -> Tensors:
-    for name in ("model_state.pdparams", "model.safetensors"):
+    tensors = _read_weights(directory, ("model_state.pdparams", "model.safetensors"))
+    if tensors is None:
+        raise NotFoundError(
+            f"{directory} has neither model_state.pdparams nor model.safetensors, one of which "
+            "holds the weights"
+        )
+    return tensors
+
+
+def _read_weights(directory: Path, names: Sequence[str]) -> Tensors | None:
+    """The tensors of the first of these files that is there, whole or as parts with an index."""
+    for name in names:
         index = directory / f"{name}.index.json"
-        if index.is_file():
+        # As the library has it: of both, the whole file.
+        if (directory / name).is_file():
+            files = [name]
+        elif index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ModelFileError(f"{index} has no weight_map")
-            files = sorted(set(weight_map.values()))
-        elif (directory / name).is_file():
-            files = [name]
+            files = sorted({str(file) for file in weight_map.values()})
+            for file in files:
+                if Path(file).name != file:
+                    raise ModelFileError(f"{index} names {file!r}, which is not in its directory")
         else:
             continue
         tensors: Tensors = {}
@@ -201,10 +254,7 @@ def _read_paddlenlp_weights(directory: Path) -> Tensors:
             is_pickle = path.suffix == ".pdparams"
             tensors.update(_read_pdparams(path) if is_pickle else read_safetensors(path))
         return tensors
-    raise NotFoundError(
-        f"{directory} has neither model_state.pdparams nor model.safetensors, one of which holds "
-        "the weights"
-    )
+    return None
 
 
 def _read_pdparams(path: Path) -> Tensors:
@@ -398,26 +448,41 @@ def new_directory(
 ) -> Iterator[Path]:
     """A folder to fill, which becomes `destination` when the block ends without an exception.
 
-    The arguments, and what is raised, are those of :func:`check_destination`.
+    The arguments, and what is raised, are those of :func:`check_destination`; OSError where nothing
+    can be written.
     """
     check_destination(destination, force, marker, kind)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
-        new, old = aside / "new", aside / "old"
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise type(error)(f"{destination} cannot be written: {error.strerror}") from error
+    new, old = aside / "new", aside / "old"
+    try:
         new.mkdir()
         yield new
         check_destination(destination, force, marker, kind)  # it may have come meanwhile
-        if os.path.lexists(destination):
-            destination.rename(old)
         try:
+            if os.path.lexists(destination):
+                destination.rename(old)
             new.rename(destination)
-        except OSError:
-            if os.path.lexists(old):
-                old.rename(destination)
+        except BaseException:  # Ctrl-C too: one of both has to be there
+            if os.path.lexists(new) and os.path.lexists(old):
+                _put_back(old, destination)
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        # What could not be put back is all that is left of it.
+        if not (os.path.lexists(new) and os.path.lexists(old)):
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(old: Path, destination: Path) -> None:
+    try:
+        old.rename(destination)
+    except OSError as error:
+        raise type(error)(
+            f"{destination} cannot be replaced: {error.strerror}; what it held is in {old}"
+        ) from error
 
 
 def check_destination(
@@ -426,13 +491,23 @@ def check_destination(
     """Raises InvalidArgumentError unless `destination` may be written.
 
     Args:
-        force: it may be replaced if it is empty or has the file `marker`.
+        force: it may be replaced if it is empty, or has the file `marker`, weights and no folders.
         kind: what that makes it, for the message.
     """
     if not os.path.lexists(destination):
         return
     if not force:
         raise InvalidArgumentError(f"{destination} exists: give --force to replace it")
-    is_ours = (destination / marker).is_file()
-    if not destination.is_dir() or (not is_ours and any(destination.iterdir())):
+    entries = sorted(destination.iterdir()) if destination.is_dir() else []
+    if destination.is_dir() and not entries:
+        return
+    weights = (".safetensors", ".safetensors.index.json", ".pdparams", ".pdiparams")
+    is_ours = (destination / marker).is_file() and any(e.name.endswith(weights) for e in entries)
+    if not is_ours:
         raise InvalidArgumentError(f"{destination} is not {kind}, so --force does not replace it")
+    for entry in entries:
+        if entry.is_dir():
+            raise InvalidArgumentError(
+                f"{destination} has a folder, {entry.name}, which {kind} has not, so --force does "
+                "not replace it"
+            )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgen import _capi
+from fastgen import _capi, _config
 from fastgen.errors import InvalidArgumentError, UnsupportedError
 
 Progress = Callable[[int, int], None]
@@ -32,6 +32,9 @@ _REASONS = {
 # waits for no more than one of them.
 _SLICE_SECONDS = (0.02, 0.1)
 _SLICE_STEPS = 64
+# The library's own limits (kMaxThreads, kMaxRows), for messages that name Python's arguments.
+_MOST_THREADS = 1024
+_MOST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,18 @@ def model_options(
     options = _capi.ModelOptions()
     _capi.library().fastgen_model_options_init(ctypes.byref(options))
     if num_threads is not None:
-        if not is_integer(num_threads) or not 1 <= num_threads < 2**31:
-            raise InvalidArgumentError(f"num_threads is {num_threads!r}: it must be at least 1")
+        if not is_integer(num_threads) or not 1 <= num_threads <= _MOST_THREADS:
+            raise InvalidArgumentError(
+                f"num_threads is {num_threads!r}: it must be from 1 to {_MOST_THREADS}"
+            )
         options.num_threads = int(num_threads)
-    options.device = device.encode()
-    options.weight_dtype = None if weight_dtype is None else weight_dtype.encode()
-    options.isa = None if isa is None else isa.encode()
-    options.cache_dtype = None if cache_dtype is None else cache_dtype.encode()
+    words = {"device": device, "weight_dtype": weight_dtype, "isa": isa, "cache_dtype": cache_dtype}
+    for name, word in words.items():
+        if word is None and name != "device":
+            continue
+        if not isinstance(word, str):
+            raise InvalidArgumentError(f"{name} is {word!r}: it must be a string")
+        setattr(options, name, word.encode())
     return options
 
 
@@ -172,7 +180,8 @@ class Model:
         options: _capi.ModelOptions,
     ) -> Model:
         model = cls()
-        native_config = _native_config(config)
+        native_config = _config.parse(config)
+        _config.check_head(config, tensors, "config")
         arrays, native_tensors = _native_tensors(tensors)
         status = _capi.library().fastgen_model_create(
             ctypes.byref(native_config),
@@ -253,8 +262,10 @@ class Model:
         lib = _capi.library()
         lib.fastgen_session_options_init(ctypes.byref(options))
         if max_rows is not None:
-            if not is_integer(max_rows) or not 1 <= max_rows < 2**31:
-                raise InvalidArgumentError(f"max_batch_size is {max_rows!r}: it must be at least 1")
+            if not is_integer(max_rows) or not 1 <= max_rows <= _MOST_ROWS:
+                raise InvalidArgumentError(
+                    f"max_batch_size is {max_rows!r}: it must be from 1 to {_MOST_ROWS}"
+                )
             options.max_rows = int(max_rows)
         session = Session()
         with self:
@@ -333,22 +344,6 @@ class Session:
             _capi.library().fastgen_session_get(self.pointer, sequence, ctypes.byref(native))
         )
         return native
-
-
-def _native_config(config: Mapping[str, Any]) -> _capi.Config:
-    native = _capi.Config()
-    _capi.library().fastgen_config_init(ctypes.byref(native))
-    native.vocab_size = config["vocab_size"]
-    native.max_positions = config["n_positions"]
-    native.hidden_size = config["n_embd"]
-    native.num_layers = config["n_layer"]
-    native.num_heads = config["n_head"]
-    native.intermediate_size = config.get("n_inner") or 4 * config["n_embd"]
-    native.layer_norm_eps = config.get("layer_norm_epsilon", 1e-5)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(name)
-        setattr(native, name, -1 if value is None else value)
-    return native
 
 
 def _native_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], Any]:

@@ -14,6 +14,9 @@ import click
 def run(command: click.Command, arguments: Sequence[str] | None, name: str) -> int:
     """Runs a command and returns its exit status: 0, 2 for bad usage, 130 after Ctrl-C, else 1 with
     one sentence on standard error."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed: Python has none then, and all that prints fails
+            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         result: Any = command.main(
             args=None if arguments is None else list(arguments),

@@ -17,7 +17,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from fastgen import _export, models
+from fastgen import _config, _export, models
 from fastgen._checkpoint import (
     check_destination,
     import_paddle,
@@ -177,17 +177,11 @@ def _check_float16(tensors: Mapping[str, np.ndarray]) -> None:
 
 def _native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """HuggingFace's configuration under the names of `fastgen_config`."""
-    native: dict[str, Any] = {
-        "vocab_size": config["vocab_size"],
-        "max_positions": config["n_positions"],
-        "hidden_size": config["n_embd"],
-        "num_layers": config["n_layer"],
-        "num_heads": config["n_head"],
-        "intermediate_size": config.get("n_inner") or 4 * config["n_embd"],
-        "layer_norm_eps": config.get("layer_norm_epsilon", 1e-5),
-    }
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        native[name] = -1 if config.get(name) is None else config[name]
+    parsed = _config.parse(config)
+    names = (*_config.NAMES.values(), *_config.SPECIAL_TOKENS)
+    native: dict[str, Any] = {name: getattr(parsed, name) for name in names}
+    # Not as float32: the manifest says it as the configuration does.
+    native["layer_norm_eps"] = config.get("layer_norm_epsilon", 1e-5)
     return native
 
 

@@ -216,13 +216,16 @@ class FasterGPT(paddle.nn.Layer):
 
     def _options(self, **given: Any) -> GenerationOptions:
         """Checked options: those given, else the constructor's, else those of `model.generate`."""
+        for name, value in given.items():
+            _check_inside(name, value)
         reference = _ReferenceDefaults(self.model)
         changes = {name: value for name, value in given.items() if value is not None}
         for name in ("eos_token_id", "pad_token_id"):
             if name not in changes and getattr(self._defaults, name) is None:
-                changes[name] = reference.get(name)
-        for name in ("forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size"):
-            changes.setdefault(name, reference.get(name))
+                changes[name] = reference.token(name)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            changes.setdefault(name, reference.token(name))
+        changes.setdefault("no_repeat_ngram_size", reference.ngrams())
         changes.setdefault("repetition_penalty", reference.get("repetition_penalty", 1.0))
         if "min_length" not in changes:
             # The second is PaddleNLP's name of it up to 2.7.
@@ -336,6 +339,22 @@ class _ReferenceDefaults:
                 return value
         return default
 
+    def token(self, name: str) -> Any:
+        """A special token; PaddleNLP also takes lists, of which one of a single token is that."""
+        value = self.get(name)
+        if not isinstance(value, (list, tuple)):
+            return value
+        if len(value) == 1:
+            return value[0]
+        raise InvalidArgumentError(
+            f"the model's {name} is {list(value)}: fastgen takes one token, give {name}"
+        )
+
+    def ngrams(self) -> Any:
+        """no_repeat_ngram_size, for which PaddleNLP looks in one place only."""
+        source = self._config if self._generation is None else self._generation
+        return getattr(source, "no_repeat_ngram_size", None)
+
 
 def _check_model(model: Any) -> None:
     from paddlenlp.transformers import GPTLMHeadModel
@@ -348,6 +367,15 @@ def _check_model(model: Any) -> None:
     if config.hidden_activation != "gelu":
         raise InvalidArgumentError(
             f"the model's hidden_activation is {config.hidden_activation!r}: it must be 'gelu'"
+        )
+    if not config.normalize_before:
+        raise InvalidArgumentError(
+            "the model's normalize_before is false: it must be true, as the engine runs pre-norm "
+            "blocks"
+        )
+    if config.scale_qk_coeff != 1.0:
+        raise InvalidArgumentError(
+            f"the model's scale_qk_coeff is {config.scale_qk_coeff}: it must be 1"
         )
     if config.tensor_parallel_degree > 1:
         raise InvalidArgumentError(
@@ -455,6 +483,15 @@ def _vector(name: str, value: Any, dtype: str) -> Any:
     return _tensor(values.astype(dtype))
 
 
+def _check_inside(name: str, value: Any) -> None:
+    """That a program is not given a tensor with data: it could be neither an input nor read."""
+    if _is_static() and isinstance(value, paddle.Tensor) and not isinstance(value, _static_types()):
+        raise InvalidArgumentError(
+            f"{name} is a tensor from outside of the program: give a number, a list, an array or "
+            "an input of the program"
+        )
+
+
 def _constant(value: Any, dtype: str) -> Any:
     if _is_static():
         return paddle.full([1], value, dtype=dtype)
@@ -509,6 +546,7 @@ def _static_prompts(input_ids: Any, seq_len: Any, attention_mask: Any) -> tuple[
             "attention_mask is given inside a program: there it must be None, give seq_len"
         )
     ids = _tensor(input_ids)
+    _check_inside("seq_len", seq_len)
     if seq_len is not None:
         return ids, paddle.reshape(paddle.cast(_tensor(seq_len), "int64"), [-1])
     length = paddle.shape(ids)[1:2]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -197,6 +198,7 @@ def _run_paddle(settings: Settings, options: GenerationOptions) -> Outcome:
     start = config.get("bos_token_id")
     start = config.get("eos_token_id") if start is None else start
     prompts, prompt_ids = _prompts(settings, tokenizer, directory, start)
+    _check_prompts(prompt_ids, options.max_length, config)
     if settings.engine == "paddle-op":
         rows, scores, seconds = _generate_op(model, settings, prompt_ids, options)
     else:
@@ -373,6 +375,30 @@ def _prompts(
     return [None] * count, [[start] for _ in range(count)]
 
 
+def _check_prompts(
+    prompt_ids: Sequence[Sequence[int]], max_length: int, config: Mapping[str, Any]
+) -> None:
+    """What the engine checks itself, for Paddle, which would read beyond its tables."""
+    positions, vocab = config["n_positions"], config["vocab_size"]
+    for ids in prompt_ids:
+        if len(ids) + max_length > positions:
+            raise InvalidArgumentError(
+                f"a prompt has {len(ids)} tokens and max_length is {max_length}, which is more "
+                f"than the model's {positions} positions"
+            )
+        if ids and max(ids) >= vocab:
+            raise InvalidArgumentError(
+                f"a prompt has the token {max(ids)}: it must be less than the model's vocab_size, "
+                f"{vocab}"
+            )
+
+
+def _read_standard_input() -> bytes:
+    if sys.stdin is None:  # closed
+        raise OSError(errno.EBADF, "standard input is closed")
+    return sys.stdin.buffer.read()
+
+
 def read_prompt_file(path: str) -> list[str]:
     """The lines of a file, or of standard input for "-", that are not blank.
 
@@ -381,8 +407,11 @@ def read_prompt_file(path: str) -> list[str]:
         InvalidArgumentError: it is not UTF-8 or holds no prompt.
     """
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = [line for line in data.decode("utf-8").splitlines() if line.strip()]
+        data = _read_standard_input() if path == "-" else Path(path).read_bytes()
+        # Not splitlines(), which also splits at characters that prompts may have. Some editors
+        # begin a file with a mark that is no part of its text.
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
+        lines = [line for line in lines if line.strip()]
     except OSError as error:
         raise NotFoundError(f"prompt_file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

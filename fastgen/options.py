@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import operator
@@ -98,8 +99,11 @@ class GenerationOptions:
         self._set("top_p", top_p)
         for name in ("temperature", "repetition_penalty"):
             value = _number(name, getattr(self, name))
-            if not (value > 0.0 and math.isfinite(value)):
-                raise InvalidArgumentError(f"{name} is {value:g}: it must be greater than 0")
+            as_float = ctypes.c_float(value).value  # what the library gets
+            if not (as_float > 0.0 and math.isfinite(as_float)):
+                raise InvalidArgumentError(
+                    f"{name} is {value:g}: it must be greater than 0, and a finite float32"
+                )
             self._set(name, value)
         for name in ("eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id"):
             value = getattr(self, name)
@@ -183,6 +187,8 @@ def _one_seed(value: Any) -> int:
 
 
 def _check_seed(seed: Any) -> int | tuple[int, ...]:
-    if isinstance(seed, (str, bytes)) or not hasattr(seed, "__iter__"):
+    # An array of NumPy without dimensions can be iterated over only in name.
+    is_one = isinstance(seed, (str, bytes)) or not hasattr(seed, "__iter__")
+    if is_one or getattr(seed, "ndim", 1) == 0:
         return _one_seed(seed)
     return tuple(_one_seed(value) for value in seed)

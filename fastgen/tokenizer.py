@@ -131,7 +131,15 @@ class Tokenizer:
         """Token ids of `text`, with nothing put before or after it.
 
         Special tokens written out in the text (`<|endoftext|>`) become their one id.
+
+        Raises:
+            InvalidArgumentError: it has half of a surrogate pair, as Python makes it of bytes that
+                are not UTF-8.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(f"the text {text!r} is not UTF-8: {error.reason}") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -33,6 +33,14 @@ void CheckSize(size_t size, const char* what, const char* why) {
   if (size < 1) Invalid(std::string(what) + " is 0, it must be at least 1" + why);
 }
 
+// That so many rows of so many tokens are no more than memory can hold.
+void CheckArea(size_t rows, const char* rows_name, size_t width, const char* width_name) {
+  constexpr size_t kMost = std::numeric_limits<ptrdiff_t>::max() / sizeof(int64_t);
+  if (rows <= kMost && (rows == 0 || width <= kMost / rows)) return;
+  Invalid(std::string(rows_name) + " is " + std::to_string(rows) + " and " + width_name + " " +
+          std::to_string(width) + ": that is more than memory can hold");
+}
+
 // The tokens of a batch as they were given, in memory of the host.
 class Tokens {
  public:
@@ -40,10 +48,7 @@ class Tokens {
       : bytes_(api::TokenBytes(batch.dtype, "batch")), data_(batch.tokens) {
     const engine::Place place = api::ToPlace(batch.device, batch.stream, "batch.device");
     CheckPlace(place, device, "batch");
-    if (batch.width > std::numeric_limits<size_t>::max() / bytes_ / batch.rows) {
-      Invalid("batch.rows is " + std::to_string(batch.rows) + " and batch.width " +
-              std::to_string(batch.width) + ": that is more than memory can hold");
-    }
+    CheckArea(batch.rows, "batch.rows", batch.width, "batch.width");
     if (place.on_host()) return;
     copy_.resize(batch.rows * batch.width * bytes_);
     device.ReadMemory(batch.tokens, copy_.size(), place.stream, "batch.tokens", copy_.data());
@@ -96,6 +101,7 @@ struct Rows {
 Rows MakeRows(const engine::Session& session, const uint64_t* ids, size_t count,
               const fastgen_batch_output& output) {
   const size_t bytes = api::TokenBytes(output.dtype, "output");
+  CheckArea(count, "count", output.tokens ? output.width : 1, "output.width");
   Rows rows;
   if (output.tokens) rows.tokens.resize(count * output.width * bytes);
   char* to = rows.tokens.data();

@@ -135,6 +135,11 @@ size_t TokenBytes(const fastgen_dtype& dtype, const char* parameter) {
 
 std::vector<io::TensorView> ToTensors(const fastgen_tensor* tensors, size_t count) {
   if (count > 0) CheckNotNull(tensors, "tensors");
+  constexpr size_t kMostTensors = size_t{1} << 24;
+  if (count > kMostTensors) {
+    Invalid("num_tensors is " + std::to_string(count) + ", it must be at most " +
+            std::to_string(kMostTensors));
+  }
   std::vector<io::TensorView> views;
   views.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -155,6 +160,13 @@ std::vector<io::TensorView> ToTensors(const fastgen_tensor* tensors, size_t coun
       if (size < 1) {
         Invalid(where + ".shape of '" + view.name + "' has the size " + std::to_string(size) +
                 ", every size must be at least 1");
+      }
+    }
+    int64_t bytes = static_cast<int64_t>(io::DTypeSize(view.dtype));
+    for (const int64_t size : view.shape) {
+      if (__builtin_mul_overflow(bytes, size, &bytes)) {
+        Invalid(where + ".shape of '" + view.name + "' is " + view.ShapeText() +
+                ", which is more than memory can hold");
       }
     }
     CheckNotNull(from.data, (where + ".data").c_str());

@@ -11,6 +11,7 @@
 #include "api/handles.h"
 #include "api/status.h"
 #include "cpu/dispatch.h"
+#include "engine/config.h"
 #include "engine/model.h"
 #include "engine/session.h"
 #include "io/tensor.h"
@@ -73,6 +74,17 @@ void fastgen_config_init(fastgen_config* config) {
   config->bos_token_id = -1;
   config->eos_token_id = -1;
   config->pad_token_id = -1;
+}
+
+fastgen_status fastgen_config_parse(const char* json, size_t size, const char* name,
+                                    fastgen_config* config) {
+  return Guard([&] {
+    CheckNotNull(json, "json");
+    CheckNotNull(config, "config");
+    const std::string where = name ? name : "config";
+    api::WriteStruct(api::FromConfig(engine::ParseHuggingFaceConfig(json, size, where)), "config",
+                     config);
+  });
 }
 
 void fastgen_model_options_init(fastgen_model_options* options) {

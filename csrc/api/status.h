@@ -3,6 +3,7 @@
 
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "base/error.h"
@@ -24,6 +25,8 @@ fastgen_status Guard(const Body& body) noexcept {
     return Fail(error.status(), error.what());
   } catch (const std::bad_alloc&) {
     return Fail(FASTGEN_OUT_OF_MEMORY, "memory for the library's own bookkeeping could not be had");
+  } catch (const std::length_error&) {
+    return Fail(FASTGEN_OUT_OF_MEMORY, "a size is more than memory can hold");
   } catch (const std::exception& error) {
     return Fail(FASTGEN_INTERNAL, error.what());
   } catch (...) {

@@ -159,7 +159,10 @@ inline std::vector<std::string> ReadLines(const std::string& option, const std::
   }
   std::istream& input = path == "-" ? std::cin : file;
   std::vector<std::string> lines;
-  for (std::string line; std::getline(input, line);) {
+  bool first = true;
+  for (std::string line; std::getline(input, line); first = false) {
+    // Some editors begin a file with a mark that is no part of its text.
+    if (first && line.compare(0, 3, "\xef\xbb\xbf") == 0) line.erase(0, 3);
     if (!line.empty() && line.back() == '\r') line.pop_back();
     if (line.find_first_not_of(" \t\v\f\r") != std::string::npos) lines.push_back(line);
   }

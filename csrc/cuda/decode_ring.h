@@ -2,6 +2,7 @@
 // sequence before anybody asked for it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -90,6 +91,10 @@ class DecodeRing {
   size_t PlaceOf(int32_t count) const {
     return static_cast<size_t>(count % kSteps) * static_cast<size_t>(rows_);
   }
+  // Waits for whatever the stream has to do; what goes wrong there, the next call finds too.
+  static void WaitForAll(cudaStream_t stream) {
+    if (cudaStreamSynchronize(stream) != cudaSuccess) static_cast<void>(cudaGetLastError());
+  }
   // Polls until the device has written the result.
   const StepResult& WaitFor(int32_t count, size_t row, cudaStream_t stream);
 
@@ -108,6 +113,10 @@ template <typename Reader>
 void DecodeRing::Pop(cudaStream_t stream, const Reader& read) {
   if (empty()) throw base::Error(FASTGEN_INTERNAL, "there is no decode step to wait for");
   std::vector<int32_t>& slots = slots_[static_cast<size_t>(oldest_ % kSteps)];
+  // Where nobody waits for the step, nothing else says that its row list has been copied.
+  if (std::all_of(slots.begin(), slots.end(), [](int32_t slot) { return slot < 0; })) {
+    WaitForAll(stream);
+  }
   for (size_t row = 0; row < slots.size(); ++row) {
     if (slots[row] >= 0) read(slots[row], WaitFor(oldest_, row, stream));
     slots[row] = -1;  // read once, should a later row fail

@@ -247,8 +247,12 @@ void CheckConfig(const ModelConfig& config, const std::string& where) {
 
 ModelConfig ReadHuggingFaceConfig(const std::string& path) {
   const std::string text = io::ReadTextFile(path, kMaxConfigBytes);
-  const Json json = io::ParseJson(text.data(), text.size(), path);
-  return HuggingFaceReader(json, path).Read();
+  return ParseHuggingFaceConfig(text.data(), text.size(), path);
+}
+
+ModelConfig ParseHuggingFaceConfig(const char* text, size_t size, const std::string& name) {
+  const Json json = io::ParseJson(text, size, name);
+  return HuggingFaceReader(json, name).Read();
 }
 
 ModelConfig ReadExportConfig(const Json& json, const std::string& path) {

@@ -1,6 +1,7 @@
 // Shape of a GPT-2-family network, and where it is read from.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -42,6 +43,9 @@ void CheckConfig(const ModelConfig& config, const std::string& where);
 // Error(kNotFound), or Error(kBadFile) for anything that is not a GPT-2 (another model_type,
 // another activation, missing or absurd sizes); what it returns passes CheckConfig().
 ModelConfig ReadHuggingFaceConfig(const std::string& path);
+
+// The same of a text, which messages call `name`.
+ModelConfig ParseHuggingFaceConfig(const char* text, size_t size, const std::string& name);
 
 // Reads the member `config` of an export's fastgen.json, whose names are those of ModelConfig;
 // `path` is that file, for messages. Throws Error(kBadFile); what it returns passes CheckConfig().

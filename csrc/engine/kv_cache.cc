@@ -1,6 +1,7 @@
 #include "engine/kv_cache.h"
 
 #include <algorithm>
+#include <new>
 #include <string>
 
 #include "base/error.h"
@@ -50,12 +51,17 @@ void BlockPool::Take(int64_t count, std::vector<Block>* blocks) {
   for (Block& block : taken) blocks->push_back(std::move(block));
 }
 
-void BlockPool::GiveBack(std::vector<Block>* blocks) {
+void BlockPool::GiveBack(std::vector<Block>* blocks) noexcept {
   const int64_t most = kKeptBytes / block_bytes();
   for (Block& block : *blocks) {
     if (block.use_count() > 1) continue;
     --in_use_;
-    if (static_cast<int64_t>(free_.size()) < most) free_.push_back(std::move(block));
+    if (static_cast<int64_t>(free_.size()) >= most) continue;
+    try {
+      free_.push_back(std::move(block));
+    } catch (const std::bad_alloc&) {
+      // The list cannot grow: the block goes back to the system.
+    }
   }
   blocks->clear();
 }

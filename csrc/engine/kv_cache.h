@@ -24,8 +24,8 @@ class BlockPool {
   // Appends `count` blocks to `blocks`. Throws base::Error(FASTGEN_OUT_OF_MEMORY) saying how much
   // was asked for, with nothing taken.
   void Take(int64_t count, std::vector<Block>* blocks);
-  // A block is free once nobody else holds it.
-  void GiveBack(std::vector<Block>* blocks);
+  // A block is free once nobody else holds it. Sequences end also where memory has run out.
+  void GiveBack(std::vector<Block>* blocks) noexcept;
 
   int64_t block_bytes() const { return block_bytes_; }
   // Of blocks that somebody holds, each counted once.

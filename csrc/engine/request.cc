@@ -52,7 +52,8 @@ void CheckTokenOption(const char* name, int32_t token, int32_t vocab_size) {
 void CheckLength(const ModelConfig& config, size_t length, int32_t max_length) {
   if (length == 0) Fail("the prompt is empty, it must have at least one token");
   const auto positions = static_cast<uint64_t>(config.max_positions);
-  if (length + static_cast<uint64_t>(max_length) <= positions) return;
+  // Not their sum, which may be more than a number holds.
+  if (length < positions && static_cast<uint64_t>(max_length) <= positions - length) return;
   const std::string start = "the prompt has " + std::to_string(length) +
                             " tokens and max_length is " + std::to_string(max_length) +
                             ", which is more than the model's " + std::to_string(positions) +

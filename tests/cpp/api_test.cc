@@ -277,6 +277,93 @@ TEST(Session, TakesAndGivesABatch) {
   }
 }
 
+// Numbers that are somebody's -1, and areas whose products are more than a number holds.
+TEST(Sizes, ThatNoMemoryHoldsAreRefused) {
+  const Model model = MakeModel(1);
+  Session session(model);
+  std::vector<int32_t> prompt(1);  // of this size, so that a sanitizer sees what is read beyond
+  uint64_t id = 0;
+  for (size_t length = SIZE_MAX; length > SIZE_MAX - 40; --length) {
+    ASSERT_EQ(fastgen_session_submit(session.handle(), prompt.data(), length, nullptr, &id),
+              FASTGEN_INVALID_ARGUMENT);
+    EXPECT_NE(std::string(fastgen_last_error()).find(std::to_string(length)), std::string::npos);
+  }
+  Options options;
+  options.max_length = 2;
+  const uint64_t ids[] = {session.submit({1, 2}, options), session.submit({3}, options)};
+  while (session.step(8) > 0) {
+  }
+  std::vector<int32_t> out(4);
+  fastgen_batch_output output;
+  fastgen_batch_output_init(&output);
+  output.tokens = out.data();
+  output.pad_token_id = 0;
+  for (const size_t width : {size_t{1} << 61, size_t{1} << 62, (size_t{1} << 61) + 1, SIZE_MAX}) {
+    output.width = width;
+    EXPECT_EQ(fastgen_session_get_batch(session.handle(), ids, 2, &output),
+              FASTGEN_INVALID_ARGUMENT);
+  }
+  output.width = 2;
+  EXPECT_EQ(fastgen_session_get_batch(session.handle(), ids, SIZE_MAX, &output),
+            FASTGEN_INVALID_ARGUMENT);
+  EXPECT_EQ(fastgen_session_get_batch(session.handle(), ids, 2, &output), FASTGEN_OK);
+  fastgen_batch batch;
+  fastgen_batch_init(&batch);
+  batch.tokens = out.data();
+  for (const size_t many : {SIZE_MAX / 4, SIZE_MAX}) {
+    batch.rows = many, batch.width = 1;
+    EXPECT_EQ(fastgen_session_submit_batch(session.handle(), &batch, &id),
+              FASTGEN_INVALID_ARGUMENT);
+    batch.rows = 1, batch.width = many;
+    EXPECT_EQ(fastgen_session_submit_batch(session.handle(), &batch, &id),
+              FASTGEN_INVALID_ARGUMENT);
+  }
+  float value = 1.0f;
+  uint64_t sum = 0;
+  const fastgen_tensor tensor = {"x", &value, FASTGEN_FLOAT32, 2, {int64_t{1} << 62, 4}};
+  EXPECT_EQ(fastgen_checksum(&tensor, 1, nullptr, nullptr, &sum), FASTGEN_INVALID_ARGUMENT);
+  EXPECT_EQ(fastgen_checksum(&tensor, SIZE_MAX, nullptr, nullptr, &sum), FASTGEN_INVALID_ARGUMENT);
+}
+
+TEST(Model, CountsSequencesThroughOrRefuses) {
+  const Model model = MakeModel(1);
+  Options options;
+  options.max_length = 1;
+  options.first_sequence = UINT32_MAX;
+  EXPECT_EQ(model.generate({{1}}, options).size(), 1u);
+  try {
+    model.generate({{1}, {2}}, options);
+    FAIL() << "the second would be sequence 0";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), FASTGEN_INVALID_ARGUMENT);
+    EXPECT_STREQ(error.what(),
+                 "first_sequence is 4294967295, with 2 sequences it must be at most "
+                 "4294967294");
+  }
+}
+
+TEST(Config, IsReadAsModelDirectoriesAre) {
+  fastgen_config config;
+  fastgen_config_init(&config);
+  const std::string text =
+      R"({"model_type": "gpt2", "vocab_size": 90, "n_ctx": 16, "n_embd": 24, "n_layer": 2,
+          "n_head": 3, "eos_token_id": [4], "bos_token_id": 50256})";
+  ASSERT_EQ(fastgen_config_parse(text.data(), text.size(), nullptr, &config), FASTGEN_OK);
+  EXPECT_EQ(config.vocab_size, 90);
+  EXPECT_EQ(config.max_positions, 16);
+  EXPECT_EQ(config.intermediate_size, 96);
+  EXPECT_EQ(config.eos_token_id, 4);
+  EXPECT_EQ(config.bos_token_id, -1);
+  EXPECT_EQ(fastgen_config_parse(text.data(), 40, "cut.json", &config), FASTGEN_BAD_FILE);
+  EXPECT_EQ(std::string(fastgen_last_error()).rfind("cut.json", 0), 0u) << fastgen_last_error();
+  EXPECT_EQ(fastgen_config_parse(nullptr, 0, nullptr, &config), FASTGEN_INVALID_ARGUMENT);
+  EXPECT_EQ(fastgen_config_parse(text.data(), text.size(), nullptr, nullptr),
+            FASTGEN_INVALID_ARGUMENT);
+  config.struct_size = 3;
+  EXPECT_EQ(fastgen_config_parse(text.data(), text.size(), nullptr, &config),
+            FASTGEN_INVALID_ARGUMENT);
+}
+
 TEST(Checksum, ReadsItsTensorsAndNoMore) {
   for (const int64_t size : {1, 15, 16, 17, 2097152, 2097153}) {
     std::vector<float> values(static_cast<size_t>(size), 1.5f);

@@ -402,6 +402,42 @@ def test_bad_options_are_sentences(make_model, prompts, options, sentence):
 
 
 @pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"normalize_before": False}, "normalize_before is false: it must be true"),
+        ({"scale_qk_coeff": 2.0}, r"scale_qk_coeff is 2\.0: it must be 1"),
+        ({"hidden_activation": "relu"}, "hidden_activation is 'relu': it must be 'gelu'"),
+    ],
+)
+def test_models_that_compute_otherwise_are_refused(make_model, changes, sentence):
+    model = make_model()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=sentence):
+        FasterGPT(model)
+
+
+def test_lists_of_special_tokens(make_model, prompts):
+    """PaddleNLP stops at any of several; of one the list is that one."""
+    model = make_model()
+    free, _ = greedy(FasterGPT(model, max_out_len=6), prompts)
+    end = int(free[0, 2])
+    expected, _ = greedy(FasterGPT(model, max_out_len=6, eos_id=end), prompts)
+    model.config.eos_token_id = [end]
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = [end]
+    actual, _ = greedy(FasterGPT(model, max_out_len=6), prompts)
+    np.testing.assert_array_equal(actual, expected)
+    model.config.eos_token_id = [end, 5]
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = [end, 5]
+    with pytest.raises(
+        ValueError, match=r"the model's eos_token_id is .*: fastgen takes one token"
+    ):
+        greedy(FasterGPT(model, max_out_len=6), prompts)
+
+
+@pytest.mark.parametrize(
     ("ids", "sentence"),
     [
         (np.array([[3, 97]]), r"97, token ids must be from 0 to 96"),
@@ -607,6 +643,23 @@ class _Exported(paddle.nn.Layer):
             max_length=max_length,
             seed=seed,
         )
+
+
+class _WithOption(paddle.nn.Layer):
+    def __init__(self, layer, **options):
+        super().__init__()
+        self.layer, self.options = layer, options
+
+    def forward(self, input_ids):
+        return self.layer(input_ids, **self.options)
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_length", "seq_len"])
+def test_a_tensor_from_outside_of_a_program_is_a_sentence(make_model, name):
+    layer = _WithOption(FasterGPT(make_model()), **{name: paddle.to_tensor([3])})
+    specs = [paddle.static.InputSpec([None, None], "int64", "input_ids")]
+    with pytest.raises(ValueError, match=f"{name} is a tensor from outside of the program"):
+        _ = paddle.jit.to_static(layer, input_spec=specs, full_graph=True).forward.concrete_program
 
 
 def test_saved_program_gives_the_same_tokens(make_model, prompts, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -148,6 +149,34 @@ def test_blocks_of_text(tiny: Any) -> None:
     assert result.stdout.count("\nsecond é") == 2
 
 
+def test_lines_end_where_the_library_ends_them(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfReturn\xe2\x80\xa8 a\r\n\n \t\nx\x1cy\x0b z\n")
+    document = fastgen("infer", "--model_name_or_path", tiny.directory, "--prompt_file", file,
+                       "--max_length", 2, "--json").document  # fmt: skip
+    assert document["prompts"] == ["Return\u2028 a", "x\x1cy\x0b z"]
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [
+        ("<&-", 1, "prompt_file - cannot be read: standard input is closed"),
+        (">&-", 0, "tokens/s"),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_closed_streams(tiny: Any, closed: str, code: int, said: str) -> None:
+    words = [sys.executable, "-m", "fastgen", "infer", "--model_name_or_path", tiny.directory]
+    words += ["--max_length", "2"]
+    words += ["--prompt_file", "-"] if closed == "<&-" else ["--prompt", "Return"]
+    line = " ".join(shlex.quote(str(word)) for word in words)
+    result = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert closed != "2>&-" or result.stdout.startswith("Return")
+
+
 def test_without_a_tokenizer_ids_are_printed(bare: Any) -> None:
     result = fastgen("infer", "--model_name_or_path", bare.directory, "--start_token", 7,
                      "--max_length", 5)  # fmt: skip
@@ -187,6 +216,9 @@ def test_the_module_is_a_command_too(tiny: Any) -> None:
         (["--decoding_lib", "x.so"], "decoding_lib is 'x.so': it belongs to --engine paddle-op"),
         (["--engine", "paddlenlp", "--isa", "avx2"], "isa is 'avx2': --engine paddlenlp uses Pad"),
         (["--model_name_or_path", "nowhere"], "'nowhere' is neither a directory nor a model kno"),
+        (["--prompt", "\udcff\udcfeabc"], "is not UTF-8: surrogates not allowed"),
+        (["--threads", "99999999999"], "num_threads is 99999999999: it must be from 1 to 1024"),
+        (["--temperature", "inf"], "temperature is inf: it must be greater than 0, and a finite"),
         (["--prompt_file", "nowhere"], "prompt_file nowhere cannot be read: No such file"),
         (["--prompt_file", "-"], "prompt_file - holds no prompt"),
         (["--seed", "-3"], "seed is -3: it must be between 0 and 2^64 - 1"),

@@ -236,6 +236,99 @@ def test_files_that_are_missing_or_broken(checkpoint: Callable[..., Path], tmp_p
         convert.load_directory(source)
 
 
+def huggingface(tiny: Any, target: Path, **changes: Any) -> Path:
+    """A directory of HuggingFace's, with another configuration."""
+    convert.write_directory(target, {**tiny.config, **changes}, tiny.tensors, None)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is false, it must be true"),
+        ({"activation_function": "relu"}, 'activation_function is "relu"|activation_function is'),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false, and there is no tensor lm"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is .*, it must be a number"),
+        ({"n_layer": 2**32 + 1}, "n_layer is 4294967297, it must be from 1 to 1024"),
+        ({"vocab_size": "2048"}, "vocab_size is .*, it must be an integer from 1 to"),
+        ({"n_embd": None}, "n_embd is null, it must be an integer"),
+    ],
+)
+def test_networks_that_compute_otherwise_are_refused(
+    tiny: Any, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    """By all doors, as the engine refuses the directory."""
+    source = huggingface(tiny, tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=sentence):
+        convert.load_directory(source)
+    with pytest.raises(ValueError, match=sentence):
+        convert.convert(str(source), tmp_path / "out")
+    with pytest.raises(ValueError, match=sentence):
+        Generator.from_tensors({**tiny.config, **changes}, tiny.tensors)
+    if "tie_word_embeddings" not in changes:
+        with pytest.raises(ValueError, match=sentence):
+            Generator.from_pretrained(source)
+
+
+def test_sizes_that_are_elsewhere(tiny: Any, tmp_path: Path) -> None:
+    """What the engine finds under another name, or gives up, everybody has."""
+    config = {name: value for name, value in tiny.config.items() if name != "n_positions"}
+    config |= {"n_ctx": tiny.config["n_positions"], "eos_token_id": [3], "bos_token_id": 50256}
+    convert.write_directory(tmp_path / "model", config, tiny.tensors, None)
+    found, _ = convert.load_directory(tmp_path / "model")
+    assert found["n_positions"] == tiny.config["n_positions"]
+    assert (found["eos_token_id"], found["bos_token_id"]) == (3, None)
+    with Generator.from_tensors(config, tiny.tensors) as generator:
+        assert generator.info.max_positions == tiny.config["n_positions"]
+        assert generator.info.eos_token_id == 3
+    with pytest.raises(ValueError, match=r"config: vocab_size is missing"):
+        Generator.from_tensors({}, {})
+
+
+def test_tensors_are_checked(tiny: Any, tmp_path: Path) -> None:
+    few = {name: array for name, array in tiny.tensors.items() if name != "h.0.ln_1.weight"}
+    convert.write_directory(tmp_path / "few", tiny.config, few, None)
+    with pytest.raises(ValueError, match=r"few: tensor h\.0\.ln_1\.weight is missing"):
+        convert.load_directory(tmp_path / "few")
+    wide = {**tiny.tensors, "ln_f.bias": np.zeros(3, np.float32)}
+    convert.write_directory(tmp_path / "wide", tiny.config, wide, None)
+    with pytest.raises(ValueError, match=r"tensor ln_f\.bias has shape \[3\]: the configuration"):
+        convert.load_directory(tmp_path / "wide")
+
+
+def test_shards_of_huggingface(tiny: Any, tmp_path: Path) -> None:
+    """Weights in several files with an index, as the engine reads them."""
+    whole = huggingface(tiny, tmp_path / "whole")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "config.json").write_bytes((whole / "config.json").read_bytes())
+    names = sorted(tiny.tensors)
+    weight_map = {}
+    for part, begin in enumerate((0, len(names) // 2)):
+        mine = names[begin : len(names) // 2 if part == 0 else None]
+        single = tmp_path / f"single{part}"
+        convert.write_directory(single, tiny.config, {n: tiny.tensors[n] for n in mine}, None)
+        file = f"model-{part + 1:05}-of-00002.safetensors"
+        (single / "model.safetensors").rename(shards / file)
+        weight_map |= dict.fromkeys(mine, file)
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    _, tensors = convert.load_directory(shards)
+    assert {name: array.tobytes() for name, array in tensors.items()} == {
+        name: array.tobytes() for name, array in tiny.tensors.items()
+    }
+    assert convert.convert(str(shards), tmp_path / "converted").is_dir()
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../whole/model.safetensors"}}))
+    with pytest.raises(
+        ValueError, match=r"names '../whole/model.safetensors', which is not in its"
+    ):
+        convert.load_directory(shards)
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shards has neither model\.safetensors nor model"):
+        convert.load_directory(shards)
+
+
 def test_the_destination_is_protected(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoint()
     target = convert.convert(str(source), tmp_path / "out")
@@ -252,6 +345,57 @@ def test_the_destination_is_protected(checkpoint: Callable[..., Path], tmp_path:
         convert.convert(str(source), other, force=True)
     with pytest.raises(ValueError, match=r"cannot be converted into itself"):
         convert.convert(str(source), source, force=True)
+
+
+def test_force_replaces_nothing_but_models(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoint()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    (project / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"project is not a model directory, so --force does not"):
+        convert.convert(str(source), project, force=True)
+    assert (project / "thesis.tex").read_text() == "years of work"
+    outer = convert.convert(str(source), tmp_path / "outer")
+    inner = convert.convert(str(source), outer / "inner")
+    for model in (source, inner):
+        with pytest.raises(ValueError, match=r"outer has a folder, inner, which a model directory"):
+            convert.convert(str(model), outer, force=True)
+    assert (inner / "model.safetensors").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/out cannot be written: "):
+        convert.convert(str(source), tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("who", ["ctrl-c", "another process"])
+def test_the_old_directory_is_never_lost(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    source = checkpoint()
+    target = convert.convert(str(source), tmp_path / "place" / "out")
+    (target / "mark").write_text("old")
+    rename = Path.rename
+
+    def disturbed(self: Path, to: Path) -> Path:
+        if self.name == "new":
+            if who == "ctrl-c":
+                raise KeyboardInterrupt
+            (target / "theirs").mkdir(parents=True)
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", disturbed)
+    if who == "ctrl-c":
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(str(source), target, force=True)
+        assert list(target.parent.iterdir()) == [target]
+        assert (target / "mark").read_text() == "old"
+    else:
+        with pytest.raises(
+            OSError, match=r"out cannot be replaced: .*; what it held is in "
+        ) as error:
+            convert.convert(str(source), target, force=True)
+        kept = Path(str(error.value).split("is in ")[1])
+        assert (kept / "mark").read_text() == "old"
 
 
 @pytest.mark.parametrize("weight_dtype", [None, "int8"])

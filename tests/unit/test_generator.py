@@ -376,7 +376,7 @@ def test_special_tokens_outside_the_vocabulary(generator: Generator, name: str) 
 def test_bad_options_of_a_call(generator: Generator) -> None:
     with pytest.raises(ValueError, match=r"^'no_such' is not an option"):
         generator.generate([1], no_such=1)
-    with pytest.raises(ValueError, match=r"^max_batch_size is 0: it must be at least 1"):
+    with pytest.raises(ValueError, match=r"^max_batch_size is 0: it must be from 1 to 4096"):
         generator.generate([1], max_batch_size=0)
     with pytest.raises(
         ValueError, match=r"^seed is a list of 2: there must be one for each of the 1"
@@ -390,8 +390,10 @@ def test_bad_options_of_a_call(generator: Generator) -> None:
         ({"isa": "sse9"}, ValueError, "sse9"),
         ({"device": "abacus"}, (ValueError, RuntimeError), "abacus"),
         ({"weight_dtype": "float8"}, (ValueError, RuntimeError), "float8"),
-        ({"num_threads": 0}, ValueError, "num_threads is 0: it must be at least 1"),
-        ({"num_threads": 1.5}, ValueError, "num_threads is 1.5: it must be at least 1"),
+        ({"num_threads": 0}, ValueError, "num_threads is 0: it must be from 1 to 1024"),
+        ({"isa": 3}, ValueError, "isa is 3: it must be a string"),
+        ({"device": None}, ValueError, "device is None: it must be a string"),
+        ({"num_threads": 1.5}, ValueError, "num_threads is 1.5: it must be from 1 to 1024"),
     ],
 )
 def test_bad_load_options(tiny: Any, options: dict[str, Any], kind: Any, sentence: str) -> None:

@@ -67,6 +67,7 @@ def test_keywords_go_over_given_options() -> None:
 def test_a_list_of_seeds_becomes_a_tuple() -> None:
     assert GenerationOptions(seed=[1, 2]).seed == (1, 2)
     assert GenerationOptions(seed=np.array([3, 4])).seed == (3, 4)
+    assert GenerationOptions(seed=np.array(3)).seed == 3
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,8 @@ def test_a_list_of_seeds_becomes_a_tuple() -> None:
         ({"temperature": float("nan")}, "temperature is NaN: it must be a number"),
         ({"temperature": float("inf")}, "temperature is inf: it must be greater than 0"),
         ({"temperature": None}, "temperature is None: it must be a number"),
+        ({"temperature": 1e-300}, "temperature is 1e-300: it must be greater than 0, and a finite"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e+300: it must be greater than 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0: it must be greater than 0"),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size is -2: it must be at least 0"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0: it must be at least 1"),

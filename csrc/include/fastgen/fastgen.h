@@ -17,8 +17,8 @@
  *
  * **Threads.** A ::fastgen_model and a ::fastgen_tokenizer may be used by any number of threads at
  * the same time. A ::fastgen_session and a ::fastgen_text_stream may be used by one thread at a
- * time, not always the same one; sessions of one model on different threads take turns, a step at a
- * time. Functions without a handle may be called by any thread at any time. A handle may be freed
+ * time, not always the same one; sessions of one model on different threads take turns, a call to
+ * fastgen_session_step() (at most 64 steps of it) at a time. Functions without a handle may be called by any thread at any time. A handle may be freed
  * once no call uses it. fastgen_last_error() is per thread.
  *
  * **Ownership.** What a function gives as a handle belongs to the caller, who frees it once with
@@ -199,6 +199,23 @@ typedef struct fastgen_config {
  * @since 0.1
  */
 FASTGEN_API void fastgen_config_init(fastgen_config* config);
+
+/**
+ * Reads a configuration of HuggingFace's GPT-2 as fastgen_model_load() reads `config.json`: for weights
+ * that come another way, by fastgen_model_create().
+ *
+ * Whether there is a head of its own (`tie_word_embeddings`), and how files store weights, is left to who
+ * has the weights.
+ * @param json the JSON text, [size] bytes of UTF-8
+ * @param size its bytes
+ * @param name what messages call it, such as the path of its file; NULL: "config"
+ * @param[in,out] config with its `struct_size`
+ * @retval FASTGEN_BAD_FILE it is no JSON, another network, one that computes otherwise (an activation, a
+ *         scale of attention that the engine lacks), or a size is missing or out of its range
+ * @since 0.1
+ */
+FASTGEN_API fastgen_status fastgen_config_parse(const char* json, size_t size, const char* name,
+                                                fastgen_config* config);
 
 /**
  * Called while a model is packed, some dozen times, on the thread that loads it.

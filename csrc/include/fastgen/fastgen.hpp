@@ -501,6 +501,16 @@ class Model {
     if (prompts.empty()) {
       throw Error(FASTGEN_INVALID_ARGUMENT, "prompts is empty, it must have at least one prompt");
     }
+    const std::uint64_t sequences =
+        std::uint64_t{prompts.size()} *
+        static_cast<std::uint64_t>(options.num_return_sequences > 0 ? options.num_return_sequences
+                                                                    : 1);
+    if (sequences - 1 > UINT32_MAX - options.first_sequence) {
+      throw Error(FASTGEN_INVALID_ARGUMENT,
+                  "first_sequence is " + std::to_string(options.first_sequence) + ", with " +
+                      std::to_string(sequences) + " sequences it must be at most " +
+                      std::to_string(std::uint64_t{UINT32_MAX} + 1 - sequences));
+    }
     Session session(*this, max_rows);
     std::vector<std::uint64_t> ids;
     Options request = options;
