@@ -286,6 +286,16 @@ def test_sizes_that_are_elsewhere(tiny: Any, tmp_path: Path) -> None:
         Generator.from_tensors({}, {})
 
 
+def test_a_head_of_its_own_under_paddlenlps_names(tiny: Any) -> None:
+    config = {**tiny.config, "tie_word_embeddings": False}
+    tensors = paddle_tensors(tiny.config, tiny.tensors)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is false, and there is no tensor"):
+        Generator.from_tensors(config, tensors)
+    tensors["lm_head.decoder_weight"] = tiny.tensors["wte.weight"][::-1].copy()
+    with Generator.from_tensors(config, tensors) as generator:
+        assert generator.generate(PROMPT, max_length=2).num_tokens == 2
+
+
 def test_tensors_are_checked(tiny: Any, tmp_path: Path) -> None:
     few = {name: array for name, array in tiny.tensors.items() if name != "h.0.ln_1.weight"}
     convert.write_directory(tmp_path / "few", tiny.config, few, None)
