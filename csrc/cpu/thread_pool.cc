@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -172,11 +173,31 @@ struct ForkHandlers {
     // with waiters that are gone cannot be destroyed.
     for (ThreadPool* pool : Pools()) {
       pool->shared_ = nullptr;
+      pool->waiting_.store(0);  // nor do those that waited
       pool->mutex_.unlock();
     }
     PoolsMutex().unlock();
   }
 };
+
+void ThreadPool::Turn::GiveWay() {
+  if (pool_->waiting_.load(std::memory_order_relaxed) == 0) return;
+  pool_->mutex_.unlock();
+  Take();
+}
+
+void ThreadPool::Turn::Take() {
+  static thread_local char self;
+  if (pool_->last_.load() == &self) {
+    const uint32_t turn = pool_->turns_.load();
+    while (pool_->waiting_.load() > 0 && pool_->turns_.load() == turn) std::this_thread::yield();
+  }
+  pool_->waiting_.fetch_add(1);
+  pool_->mutex_.lock();
+  pool_->waiting_.fetch_sub(1);
+  pool_->turns_.fetch_add(1);
+  pool_->last_.store(&self);
+}
 
 ThreadPool::ThreadPool(int threads) : threads_(threads) {
   Start();

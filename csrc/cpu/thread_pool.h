@@ -1,6 +1,7 @@
 // Threads for regions of a few microseconds: they spin briefly between regions, then sleep.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -28,6 +29,24 @@ class ThreadPool {
   // half done.
   std::mutex& mutex() { return mutex_; }
 
+  // Holds mutex() while it lives, and lets others have it in turn: who gives a mutex back and asks for
+  // it again has it, mostly, before one who has slept for it is awake.
+  class Turn {
+   public:
+    explicit Turn(ThreadPool* pool) : pool_(pool) { Take(); }
+    ~Turn() { pool_->mutex_.unlock(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+    // Where others wait, lets one of them have a turn. No region may be under way.
+    void GiveWay();
+
+   private:
+    void Take();
+
+    ThreadPool* const pool_;
+  };
+
   // Calls body(begin, end, thread) over [0, tasks) in pieces of at most `grain`, until all are
   // done. Each thread starts on its own share, the same in every call of the same size, so that
   // it meets the memory it touched before; who is done early takes from the others. The body must
@@ -52,7 +71,10 @@ class ThreadPool {
 
   const int threads_;
   std::mutex mutex_;
-  Shared* shared_ = nullptr;  // null in a forked child until its first region
+  std::atomic<int> waiting_{0};             // for a turn
+  std::atomic<uint32_t> turns_{0};          // begun so far
+  std::atomic<const void*> last_{nullptr};  // stands for the thread that had the last one
+  Shared* shared_ = nullptr;                // null in a forked child until its first region
 };
 
 }  // namespace fastgen::cpu

@@ -96,7 +96,7 @@ CpuDevice::Slot& CpuDevice::At(int32_t slot) {
 }
 
 int32_t CpuDevice::Open(const SequenceSpec& spec) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const cpu::ThreadPool::Turn turn(&pool_);
   size_t at = 0;
   while (at < slots_.size() && slots_[at].open) ++at;
   if (at == slots_.size()) slots_.emplace_back();
@@ -127,14 +127,14 @@ int32_t CpuDevice::Open(const SequenceSpec& spec) {
 }
 
 void CpuDevice::Close(int32_t index) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const cpu::ThreadPool::Turn turn(&pool_);
   Slot& slot = At(index);
   cache_.GiveBack(&slot.blocks);
   slot.open = false;
 }
 
 void CpuDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const cpu::ThreadPool::Turn turn(&pool_);
   const Slot& source = At(from);
   Slot& target = At(to);
   // Whole blocks are shared: both go on behind them. Of the next one each has its own.
@@ -330,7 +330,7 @@ void CpuDevice::ComputeLogits(int64_t first_row, int64_t count) {
 }
 
 void CpuDevice::Prefill(const PrefillChunk* chunks, size_t count) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const cpu::ThreadPool::Turn turn(&pool_);
   std::vector<Row> rows;
   std::vector<float*> wanted;  // where the logits of a row go, or null
   for (size_t c = 0; c < count; ++c) {
@@ -397,7 +397,7 @@ void CpuDevice::AddUnfedPrompt(const int32_t* slots, size_t count, std::vector<R
 
 int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
                           DecodeResult* results, float* logits) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  cpu::ThreadPool::Turn turn(&pool_);
   std::vector<Row> rows;
   std::vector<size_t> results_at;
   int32_t step = 0;
@@ -424,6 +424,8 @@ int32_t CpuDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
       }
     }
     SampleRows(slots, results_at, results);
+    // Another session may open and close slots meanwhile, so nothing of them is kept.
+    if (step + 1 < max_steps) turn.GiveWay();
   }
   return step;
 }
@@ -463,7 +465,7 @@ void CpuDevice::SampleRows(const int32_t* slots, const std::vector<size_t>& resu
 }
 
 double CpuDevice::MeasureReadBandwidth(uint64_t bytes, int32_t passes) {
-  std::lock_guard<std::mutex> lock(pool_.mutex());
+  const cpu::ThreadPool::Turn turn(&pool_);
   constexpr int64_t kPiece = int64_t{1} << 18;  // floats
   const auto pieces = static_cast<int64_t>(bytes / (kPiece * sizeof(float)));
   if (pieces < 1 || passes < 1) {

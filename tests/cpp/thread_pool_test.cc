@@ -173,6 +173,35 @@ TEST(ThreadPool, UsersTakeTurns) {
   EXPECT_EQ(shared, 6 * 60);
 }
 
+// One that never lets go for long: without giving way it would be alone for ever.
+TEST(ThreadPool, ThoseThatWaitHaveATurn) {
+  constexpr int kTurns = 50;
+  ThreadPool pool(1);
+  std::atomic<int> ended{0};
+  std::atomic<int64_t> steps{0};
+  std::thread holder([&] {
+    ThreadPool::Turn turn(&pool);
+    while (ended < 2) {
+      Work();
+      steps.fetch_add(1);
+      turn.GiveWay();
+    }
+  });
+  while (steps == 0) std::this_thread::yield();
+  std::vector<std::thread> others;
+  for (int i = 0; i < 2; ++i) {
+    others.emplace_back([&] {
+      for (int t = 0; t < kTurns; ++t) {
+        const ThreadPool::Turn turn(&pool);
+        Work();
+      }
+      ended.fetch_add(1);
+    });
+  }
+  for (std::thread& other : others) other.join();
+  holder.join();
+}
+
 TEST(ThreadPool, PoolsMayBeNested) {
   ThreadPool outer(3);
   ThreadPool inner(3);
