@@ -18,8 +18,9 @@
  * **Threads.** A ::fastgen_model and a ::fastgen_tokenizer may be used by any number of threads at
  * the same time. A ::fastgen_session and a ::fastgen_text_stream may be used by one thread at a
  * time, not always the same one; sessions of one model on different threads take turns, on the CPU a
- * step at a time, on a GPU a call to fastgen_session_step(), at most 64 steps. Functions without a handle may be called by any thread at any time. A handle may be freed
- * once no call uses it. fastgen_last_error() is per thread.
+ * step at a time, on a GPU a call to fastgen_session_step(), at most 64 steps. Functions without a
+ * handle may be called by any thread at any time. A handle may be freed once no call uses it.
+ * fastgen_last_error() is per thread.
  *
  * **Ownership.** What a function gives as a handle belongs to the caller, who frees it once with
  * the matching `_free` function; handles may be freed in any order. What a function is given is
