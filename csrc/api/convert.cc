@@ -166,7 +166,7 @@ std::vector<io::TensorView> ToTensors(const fastgen_tensor* tensors, size_t coun
     for (const int64_t size : view.shape) {
       if (__builtin_mul_overflow(bytes, size, &bytes)) {
         Invalid(where + ".shape of '" + view.name + "' is " + view.ShapeText() +
-                ", which is more than memory can hold");
+                ", which has too many elements");
       }
     }
     CheckNotNull(from.data, (where + ".data").c_str());
