@@ -456,6 +456,18 @@ def test_the_op_draws_what_the_engine_draws(tiny: Any) -> None:
 
 
 @pytest.mark.usefixtures("_paddlenlp")
+def test_prompts_of_the_reference_are_checked(tiny: Any) -> None:
+    """Beyond its tables Paddle would read, or fail within."""
+    positions = tiny.config["n_positions"]
+    result = fastgen("infer", "--model_name_or_path", tiny.directory, "--engine", "paddlenlp",
+                     "--prompt", "a", "--max_length", positions)  # fmt: skip
+    assert (result.code, result.stdout) == (1, "")
+    assert f"max_length is {positions}, which is more than the model's {positions} positions" in (
+        result.stderr
+    )
+
+
+@pytest.mark.usefixtures("_paddlenlp")
 def test_bench_beside_paddlenlp(tiny: Any) -> None:
     document = fastgen(
         "bench", tiny.directory, "--steps", 4, "--rounds", 1, "--bandwidth-mib", 16,
