@@ -9,23 +9,36 @@
 
 namespace fastgen::cuda {
 
-// Takes device memory in large pieces and keeps it. Not thread-safe.
+// Takes device memory in large pieces and keeps it until it is told to release it. Not thread-safe.
 class PagePool {
  public:
-  explicit PagePool(const CacheLayout& layout);
+  // `stream`: that of all kernels that use pages.
+  PagePool(const CacheLayout& layout, cudaStream_t stream);
 
   // Bytes of a page.
   size_t page_bytes() const { return page_bytes_; }
-  // Appends `count` pages, all or none; throws Error(kOutOfMemory) saying how much is missing.
+  // Appends `count` pages, all or none; throws Error(kOutOfMemory) saying how much is needed and how
+  // much there is.
   void Take(size_t count, std::vector<char*>* pages);
   // Takes the pages back and clears the list.
-  void GiveBack(std::vector<char*>* pages);
+  void GiveBack(std::vector<char*>* pages) noexcept;
+  // Gives the device the pieces back of which no page is taken, once kernels in flight have ended;
+  // whether there were any.
+  bool Release();
 
  private:
+  struct Piece {
+    DeviceMemory memory;
+    size_t pages;
+  };
+  void Grow(size_t missing, size_t count);
+
   size_t page_bytes_;
   size_t pages_per_piece_;
-  std::vector<DeviceMemory> pieces_;
-  std::vector<char*> free_;
+  cudaStream_t stream_;
+  std::vector<Piece> pieces_;
+  size_t total_ = 0;         // pages of all pieces
+  std::vector<char*> free_;  // has room for all of them
 };
 
 // The layout for a network's heads.

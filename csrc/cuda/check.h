@@ -19,6 +19,25 @@ inline void Check(cudaError_t status, const char* what) {
                         cudaGetErrorName(status) + ")");
 }
 
+// Of the current device.
+struct MemorySize {
+  size_t bytes, total;
+};
+inline MemorySize FreeMemory() {
+  MemorySize size = {};
+  Check(cudaMemGetInfo(&size.bytes, &size.total), "asking for the free memory of the device");
+  return size;
+}
+
+// Says what needs so many bytes, and how many are free.
+[[noreturn]] inline void ThrowMissing(const std::string& what, size_t bytes,
+                                      const MemorySize& memory) {
+  throw base::Error(FASTGEN_OUT_OF_MEMORY, what + " needs " + std::to_string(bytes) +
+                                               " bytes of the device, which has " +
+                                               std::to_string(memory.bytes) + " of " +
+                                               std::to_string(memory.total) + " free");
+}
+
 // Device memory, uninitialised.
 class DeviceMemory {
  public:
@@ -26,15 +45,12 @@ class DeviceMemory {
   // `what` names it in the error, which says how much there is and how much is missing.
   DeviceMemory(size_t bytes, const std::string& what) {
     if (bytes == 0) return;
-    size_t free_bytes = 0, total_bytes = 0;
-    Check(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for the free memory of the device");
-    cudaError_t status = bytes > free_bytes ? cudaErrorMemoryAllocation : cudaMalloc(&data_, bytes);
+    const MemorySize memory = FreeMemory();
+    const bool fits = bytes <= memory.bytes;
+    const cudaError_t status = fits ? cudaMalloc(&data_, bytes) : cudaErrorMemoryAllocation;
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      throw base::Error(FASTGEN_OUT_OF_MEMORY, what + " needs " + std::to_string(bytes) +
-                                                   " bytes of the device, which has " +
-                                                   std::to_string(free_bytes) + " of " +
-                                                   std::to_string(total_bytes) + " free");
+      ThrowMissing(what, bytes, memory);
     }
     Check(status, "taking device memory");
     size_ = bytes;

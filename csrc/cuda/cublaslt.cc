@@ -23,15 +23,21 @@ int TypeOf(DType dtype) {
   return dtype == DType::kBFloat16 ? kReal16BF : kReal16F;
 }
 
-constexpr int kNotSupported = 15, kAllocFailed = 3;  // of its status codes
+// Of its status codes.
+constexpr int kAllocFailed = 3, kInvalidValue = 7, kArchMismatch = 8, kNotSupported = 15;
+
+fastgen_status StatusOf(int status) {
+  if (status == kAllocFailed) return FASTGEN_OUT_OF_MEMORY;
+  const bool lacks = status == kInvalidValue || status == kArchMismatch || status == kNotSupported;
+  return lacks ? FASTGEN_UNSUPPORTED : FASTGEN_INTERNAL;
+}
 
 }  // namespace
 
 void CublasLt::CheckStatus(int status, const char* what) {
   if (status == 0) return;
-  throw base::Error(
-      status == kAllocFailed ? FASTGEN_OUT_OF_MEMORY : FASTGEN_INTERNAL,
-      std::string("cuBLASLt: ") + what + " failed with status " + std::to_string(status));
+  throw base::Error(StatusOf(status), std::string("cuBLASLt: ") + what + " failed with status " +
+                                          std::to_string(status));
 }
 
 void* CublasLt::Find(const char* name) { return dlsym(library_, name); }
@@ -202,7 +208,7 @@ int Multiplier::Start(const CublasLt::Product& p, const Plan& plan,
   return status;
 }
 
-void Multiplier::Run(const CublasLt::Product& p) {
+Multiplier::Plan& Multiplier::PlanOf(const CublasLt::Product& p) {
   const Key key{p.in,
                 p.out,
                 p.ldw,
@@ -213,8 +219,22 @@ void Multiplier::Run(const CublasLt::Product& p) {
                 p.accumulate};
   auto found = plans_.find(key);
   if (found == plans_.end()) found = plans_.emplace(key, Make(p)).first;
-  const Plan& plan = found->second;
-  const Heuristic& best = AlgorithmFor(p, &found->second);
+  return found->second;
+}
+
+bool Multiplier::Plans(const CublasLt::Product& product) {
+  try {
+    PlanOf(product);
+  } catch (const base::Error& error) {
+    if (error.status() != FASTGEN_UNSUPPORTED) throw;
+    return false;
+  }
+  return true;
+}
+
+void Multiplier::Run(const CublasLt::Product& p) {
+  Plan& plan = PlanOf(p);
+  const Heuristic& best = AlgorithmFor(p, &plan);
   int status = Start(p, plan, best);
   // It was tried on another number of rows; the first one has the same bits.
   if (status != 0 && &best != &plan.first) status = Start(p, plan, plan.first);

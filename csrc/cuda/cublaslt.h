@@ -75,6 +75,9 @@ class Multiplier {
   Multiplier(const Multiplier&) = delete;
   Multiplier& operator=(const Multiplier&) = delete;
 
+  // Whether the library has such products, of any number of rows, on this device: old ones lack the GELU,
+  // and old devices bfloat16.
+  bool Plans(const CublasLt::Product& product);
   void Run(const CublasLt::Product& product);
 
  private:
@@ -98,6 +101,7 @@ class Multiplier {
   };
   // in, out, types, epilogue; strides and pointers are those of the rows' layouts or set per call.
   using Key = std::tuple<int32_t, int32_t, int64_t, int32_t, int32_t, bool, bool, bool>;
+  Plan& PlanOf(const CublasLt::Product& product);
   Plan Make(const CublasLt::Product& product);
   // Algorithms for so many rows, the best guess first: at most `most`.
   std::vector<Heuristic> Ask(const CublasLt::Product& product, const Plan& plan, int32_t rows,

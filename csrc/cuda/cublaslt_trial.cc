@@ -22,8 +22,6 @@ constexpr int32_t kSkipped = 4096;
 // that the order in which they and a product are added shows.
 constexpr int kFilling = 0x3c;
 
-size_t ElementBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 struct Events {
   cudaEvent_t begin = nullptr, end = nullptr;
   Events() {
@@ -72,7 +70,7 @@ Multiplier::Heuristic Multiplier::Try(const CublasLt::Product& product, const Pl
 
   CublasLt::Product trial = product;
   trial.rows = rows;
-  const size_t element = ElementBytes(product.dtype), out_element = ElementBytes(product.out_dtype);
+  const size_t element = SizeOf(product.dtype), out_element = SizeOf(product.out_dtype);
   const size_t out_bytes =
       static_cast<size_t>(rows) * static_cast<size_t>(product.ldy) * out_element;
   const size_t bias_bytes = static_cast<size_t>(product.out) * out_element;

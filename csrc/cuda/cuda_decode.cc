@@ -6,18 +6,6 @@
 #include "cuda/cuda_device.h"
 
 namespace fastgen::cuda {
-namespace {
-
-// Rows of a step come in few sizes, each of which has its graphs.
-int32_t Bucket(size_t rows) {
-  const auto n = static_cast<int32_t>(rows);
-  if (n <= 8) return n;
-  int32_t unit = 4;
-  while (n > 4 * unit) unit *= 2;
-  return static_cast<int32_t>(RoundUp(n, unit));
-}
-
-}  // namespace
 
 int32_t CudaDevice::Decode(const int32_t* slots, size_t count, int32_t max_steps,
                            engine::DecodeResult* results, float* logits) {
@@ -101,8 +89,8 @@ bool CudaDevice::IsFirst(int32_t index) const {
 }
 
 void CudaDevice::LaunchStepOfSlots(bool first) {
-  const int32_t rows = Bucket(step_slots_.size());
-  if (rows > decode_space_.rows) {
+  const int32_t rows = StepRows(step_slots_.size());
+  if (rows > decode_space_.rows || rows > layer_space_.rows) {
     ReadSteps();
     listed_.clear();
     ReserveDecode(rows);

@@ -11,9 +11,6 @@
 namespace fastgen::cuda {
 namespace {
 
-// Heads of a step up to which blocks share them: with more there is enough for every multiprocessor.
-constexpr size_t kSharedHeads = 2048;
-
 std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
 std::atomic<int64_t> persistent_steps{0};
 std::atomic<int64_t> choosing_steps{0};
@@ -60,7 +57,7 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
                                          weights, stream_);
     layout_ = MakeCacheLayout(activation_dtype_, config_.num_layers, config_.num_heads,
                               config_.hidden_size / config_.num_heads);
-    pages_ = std::make_unique<PagePool>(layout_);
+    pages_ = std::make_unique<PagePool>(layout_, stream_);
     PreparePersistent();
     Check(PrefillAttentionStores(activation_dtype_, layout_, &attention_stores_),
           "asking what attention can do");
@@ -70,9 +67,7 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
       Check(QkvAttentionSupported(weights_->layers().front().qkv, layout_, &joins_attention_),
             "asking what attention can do");
     }
-    if (const CublasLt* library = CublasLt::Open(nullptr)) {
-      multiplier_ = std::make_unique<Multiplier>(*library, stream_);
-    }
+    PrepareMultiplier();
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;
@@ -143,6 +138,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   while (at < slots_.size() && slots_[at].open) ++at;
   if (at == slot_capacity_) GrowSlots();
   if (at == slots_.size()) slots_.emplace_back();
+  ReserveFor(spec);
   HostSlot& slot = slots_[at];
   // The last sampled token is never fed back, so it needs no place.
   const int64_t positions = int64_t{spec.prompt_length} + spec.sampling.max_length - 1;
@@ -174,7 +170,8 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   slot.keep_logits = spec.keep_logits;
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
-  slot.launched = false;
+  slot.is_copied = IsCopied(spec);
+  slot.launched = 0;
   slot.chosen_in_step = IsChosenInStep(spec.sampling, config_.vocab_size);
   slot.ahead = AheadResults(spec.sampling.max_length);
   slot.open = true;
@@ -222,62 +219,6 @@ void CudaDevice::CopyPrefix(int32_t from, int32_t to, int32_t count) {
 void CudaDevice::DropGraphs() {
   for (const auto& graph : graphs_) cudaGraphExecDestroy(graph.second);
   graphs_.clear();
-}
-
-void CudaDevice::ReserveLayer(int32_t rows) {
-  if (rows <= layer_space_.rows) return;
-  LayerSpace space;
-  const auto take = [&](int64_t stride, size_t element = sizeof(float)) {
-    DeviceMemory memory(static_cast<size_t>(rows * stride) * element, "the work space of a step");
-    // What lies behind the columns of a row is multiplied by zeros, so it must be finite.
-    Check(cudaMemsetAsync(memory.as<>(), 0, memory.size(), stream_), "clearing device memory");
-    return memory;
-  };
-  space.x = take(hidden_stride_);
-  space.q = take(hidden_stride_);
-  space.attended = take(hidden_stride_);
-  space.wide = take(wide_stride_);
-  if (packs_rows_) {
-    space.packed_x = take(hidden_stride_, 2);
-    space.packed_attended = take(hidden_stride_, 2);
-    space.packed_wide = take(wide_stride_, 2);
-    space.parts = take(RoundUp(config_.hidden_size, kPartColumns) / kPartColumns, sizeof(float2));
-  }
-  space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a step");
-  space.places = DeviceMemory(static_cast<size_t>(rows) * sizeof(RowPlace), "the rows of a step");
-  space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a step");
-  space.rows = rows;
-  DropGraphs();
-  layer_space_ = std::move(space);
-}
-
-void CudaDevice::ReserveDecode(int32_t rows) {
-  ReserveLayer(rows);
-  if (rows <= decode_space_.rows) return;
-  DecodeSpace space;
-  const auto n = static_cast<size_t>(rows);
-  const auto heads = static_cast<size_t>(config_.num_heads);
-  space.logits =
-      DeviceMemory(n * static_cast<size_t>(logits_stride_) * sizeof(float), "the logits of a step");
-  space.partial = DeviceMemory(std::min(n * heads, kSharedHeads) * kDecodeParts *
-                                   static_cast<size_t>(layout_.head_size + 2) * sizeof(float),
-                               "the work space of attention");
-  size_t plan_bytes = 0;
-  Check(DecodePlanBytes(rows, layout_, &plan_bytes), "planning attention");
-  space.plan = DeviceMemory(plan_bytes, "the work space of attention");
-  space.arrived = DeviceMemory(n * heads * sizeof(int32_t), "the work space of attention");
-  Check(cudaMemsetAsync(space.arrived.as<>(), 0, space.arrived.size(), stream_),
-        "clearing device memory");
-  space.sample =
-      DeviceMemory(SampleWorkspaceBytes(rows, config_.vocab_size), "the work space of sampling");
-  if (space.sample.size() > 0) {
-    Check(cudaMemsetAsync(space.sample.as<>(), 0, space.sample.size(), stream_),
-          "clearing device memory");
-  }
-  space.rows = rows;
-  DropGraphs();
-  ring_.Reserve(rows, stream_);
-  decode_space_ = std::move(space);
 }
 
 LinearArgs CudaDevice::Product(const Matrix& w, const DeviceMemory& x, int64_t ldx,
@@ -419,7 +360,7 @@ DecodeAttentionArgs CudaDevice::Attention(int32_t rows) const {
   attention.rows = rows;
   attention.cache = layout_;
   attention.splits = Splits(rows);
-  if (static_cast<size_t>(rows) * static_cast<size_t>(config_.num_heads) <= kSharedHeads) {
+  if (SharesHeads(rows)) {
     attention.partial = decode_space_.partial.as<float>();
   } else {
     attention.splits = 1;
@@ -532,7 +473,7 @@ void CudaDevice::LaunchStep(int32_t rows) {
     cudaGraph_t graph = nullptr;
     Check(cudaGraphCreate(&graph, 0), "making a graph of a step");
     try {
-      const GraphRecorder recorder(graph, properties_.major >= 9);
+      const GraphRecorder recorder(graph);
       LaunchForward(rows);
       LaunchSample(rows);
     } catch (...) {

@@ -60,6 +60,7 @@ class CudaDevice {
   // pass without cuBLASLt. They bound the work space.
   static constexpr int32_t kManyRows = 8192;
   static constexpr int32_t kLastRows = kManyRows / kShortPrompt;
+  static constexpr int32_t kMostManyRows = kManyRows + kLastRows;
   static constexpr int32_t kFewRows = 512;
   // Rows, and tokens of each, up to which JoinsAttention may be.
   static constexpr int32_t kJoinedRows = 8;
@@ -78,6 +79,7 @@ class CudaDevice {
     bool keep_logits = false;
     int32_t prompt_length = 0;
     int32_t fed = 0;              // prompt tokens in the cache
+    bool is_copied = false;       // as IsCopied says of its specification
     int32_t launched = 0;         // of its steps
     bool chosen_in_step = false;  // its options are those of a step that chooses
     AheadResults ahead;
@@ -103,9 +105,37 @@ class CudaDevice {
   HostSlot& At(int32_t slot);
   void GrowSlots();
   void DropGraphs();
+
+  // A part of a work space, to be taken.
+  struct Buffer {
+    DeviceMemory* to;
+    size_t bytes;
+    bool zeroed;
+    const char* what;
+  };
+  std::vector<Buffer> Buffers(int32_t rows, LayerSpace* space) const;
+  std::vector<Buffer> Buffers(int32_t rows, DecodeSpace* space) const;
+  std::vector<Buffer> Buffers(int32_t rows, PrefillSpace* space) const;
+  void TakeBuffers(const std::vector<Buffer>& buffers);
+  template <typename Space>
+  void Empty(Space* space);
+  template <typename Space>
+  void Fill(int32_t rows, Space* space);
+  // Work space for so many rows, if there is less. Steps must have been read, and what is in the spaces
+  // is lost; if there is no memory for it, so are they, and the next step takes what it needs.
   void ReserveLayer(int32_t rows);
   void ReserveDecode(int32_t rows);
   void ReservePrefill(int32_t rows);
+  // For the open sequences and this one.
+  void ReserveFor(const engine::SequenceSpec& spec);
+  // Whether another sequence's prompt will be copied, so that none of this is fed.
+  static bool IsCopied(const engine::SequenceSpec& spec) {
+    return spec.like >= 0 && spec.alike + 1 == spec.prompt_length;
+  }
+  // Rows of a step of so many sequences.
+  static int32_t StepRows(size_t sequences);
+  // Whether blocks of a step of so many rows share heads.
+  bool SharesHeads(int32_t rows) const;
 
   // Decode: the kernels up to the logits, the choice, and both as a graph.
   void LaunchForward(int32_t rows);
@@ -148,6 +178,7 @@ class CudaDevice {
   // Whether the slot's prompt goes through cuBLASLt, to its last token. It depends on the prompt alone,
   // so that its bits do.
   bool IsLong(int32_t slot) const;
+  bool IsLongPrompt(int32_t length) const { return multiplier_ && length > kShortPrompt; }
   // Whether the slot's next step is the first one of such a prompt.
   bool IsFirst(int32_t slot) const;
   void FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted, bool many);
@@ -155,8 +186,14 @@ class CudaDevice {
                   size_t end);
   void FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run);
   void FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_run);
-  void Multiply(const Matrix& w, const void* bias, const void* x, int64_t ldx, void* y, int64_t ldy,
-                DType out_dtype, int32_t rows, bool gelu, bool accumulate);
+  // A layer's products over so many rows in the work space of a prefill.
+  struct LayerProducts {
+    CublasLt::Product qkv, attention_out, feed_forward_in, feed_forward_out;
+  };
+  LayerProducts ProductsOf(const LayerWeights& layer, int32_t rows) const;
+  // Opens cuBLASLt, and leaves it where it has not all of a layer's products.
+  void PrepareMultiplier();
+  void Multiply(const Matrix& w, const CublasLt::Product& product);
   // What the arguments of products of both kinds have in common.
   template <typename Args>
   Args ProductArgs(const Matrix& w, int32_t rows, Epilogue epilogue) const {
@@ -217,8 +254,9 @@ class CudaDevice {
   bool persistent_chooses_[kPersistentRows + 1] = {};
   uint32_t persistent_steps_left_ = 0;  // before the exchange has to be zeroed
   DeviceMemory exchange_;
-  bool attention_stores_ = false;           // keys and values of a prefill through cuBLASLt
-  std::unique_ptr<Multiplier> multiplier_;  // null where cuBLASLt cannot be had
+  bool attention_stores_ = false;  // keys and values of a prefill through cuBLASLt
+  // Null where cuBLASLt cannot be had, or has not all that is needed.
+  std::unique_ptr<Multiplier> multiplier_;
 };
 
 }  // namespace fastgen::cuda

@@ -9,10 +9,6 @@
 namespace fastgen::cuda {
 namespace {
 
-size_t Bytes(DType dtype, int64_t elements) {
-  return static_cast<size_t>(elements) * (dtype == DType::kFloat32 ? 4 : 2);
-}
-
 // Neighbouring positions of a slot are one run.
 std::vector<PrefillRun> RunsOf(const Row* rows, size_t count) {
   std::vector<PrefillRun> runs;
@@ -67,7 +63,7 @@ void CudaDevice::Prefill(const engine::PrefillChunk* chunks, size_t count) {
 }
 
 bool CudaDevice::IsLong(int32_t slot) const {
-  return multiplier_ && slots_[static_cast<size_t>(slot)].prompt_length > kShortPrompt;
+  return IsLongPrompt(slots_[static_cast<size_t>(slot)].prompt_length);
 }
 
 // `wanted` is empty where no logits are. Only logits are waited for: whatever comes after the rows is
@@ -89,9 +85,7 @@ void CudaDevice::FeedRows(const std::vector<Row>& rows, const std::vector<float*
     FeedPart(parts[0], part_wanted[0], false);
     FeedPart(parts[1], part_wanted[1], true);
   }
-  // Copies of the lists of rows are staged, but where the device reads the host's pages itself.
-  const bool reads_lists = properties_.pageableMemoryAccessUsesHostPageTables != 0;
-  if (!wanted.empty() || reads_lists) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+  if (!wanted.empty()) Check(cudaStreamSynchronize(stream_), "feeding a prompt");
 }
 
 void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*>& wanted,
@@ -99,7 +93,7 @@ void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*
   // Before anything lies in the work space, which moves when it grows.
   const bool any = std::any_of(wanted.begin(), wanted.end(), [](float* to) { return to; });
   if (any) ReserveDecode(kLogitsRows);
-  const auto most = static_cast<size_t>(many ? kManyRows + kLastRows : kFewRows);
+  const auto most = static_cast<size_t>(many ? kMostManyRows : kFewRows);
   for (size_t begin = 0; begin < rows.size(); begin += most) {
     const size_t end = std::min(begin + most, rows.size());
     const auto count = static_cast<int32_t>(end - begin);
@@ -126,6 +120,10 @@ void CudaDevice::FeedPart(const std::vector<Row>& rows, const std::vector<float*
       FeedFewRows(count, num_runs, longest);
     }
     if (any) CopyLogits(many ? prefill_space_.x : layer_space_.x, wanted, begin, end);
+    // Copies of the lists of rows are staged, but where the device reads the host's pages itself.
+    if (properties_.pageableMemoryAccessUsesHostPageTables != 0) {
+      Check(cudaStreamSynchronize(stream_), "feeding a prompt");
+    }
   }
 }
 
@@ -179,56 +177,62 @@ void CudaDevice::FeedFewRows(int32_t rows, int32_t num_runs, int32_t longest_run
   }
 }
 
-void CudaDevice::ReservePrefill(int32_t rows) {
-  if (rows <= prefill_space_.rows) return;
+CudaDevice::LayerProducts CudaDevice::ProductsOf(const LayerWeights& layer, int32_t rows) const {
+  const PrefillSpace& s = prefill_space_;
   const DType dtype = activation_dtype_;
-  PrefillSpace space;
-  const auto take = [&](size_t bytes) {
-    DeviceMemory memory(bytes, "the work space of a prompt of " + std::to_string(rows) + " tokens");
-    // What lies behind the columns of a row is multiplied by zeros, so it must be finite.
-    Check(cudaMemsetAsync(memory.as<>(), 0, memory.size(), stream_), "clearing device memory");
-    return memory;
+  const bool wide_bias = dtype == DType::kFloat32;
+  const auto product = [&](const Matrix& w, const void* bias, const DeviceMemory& x, int64_t ldx,
+                           const DeviceMemory& y, int64_t ldy, DType out_dtype) {
+    CublasLt::Product p;
+    const bool converted = w.dtype != dtype;
+    p.w = converted ? s.weight.as<>() : w.data;
+    p.ldw = converted ? RoundUp(w.in, 32) : w.row_bytes / static_cast<int64_t>(SizeOf(dtype));
+    p.x = x.as<>();
+    p.ldx = ldx;
+    p.y = y.as<>();
+    p.ldy = ldy;
+    p.rows = rows;
+    p.in = w.in;
+    p.out = w.out;
+    p.dtype = dtype;
+    p.out_dtype = out_dtype;
+    p.bias = bias;
+    return p;
   };
-  space.x = take(Bytes(DType::kFloat32, rows * hidden_stride_));
-  space.normed = take(Bytes(dtype, rows * hidden_stride_));
-  space.qkv = take(Bytes(dtype, rows * qkv_stride_));
-  space.attended = take(Bytes(dtype, rows * hidden_stride_));
-  space.wide = take(Bytes(dtype, rows * wide_stride_));
-  if (weight_dtype_ != dtype) {
-    const int64_t widest = std::max(
-        3 * int64_t{config_.hidden_size} * hidden_stride_,
-        std::max(config_.intermediate_size * hidden_stride_, config_.hidden_size * wide_stride_));
-    space.weight = take(Bytes(dtype, widest));
-  }
-  space.row_list = DeviceMemory(static_cast<size_t>(rows) * sizeof(Row), "the rows of a prompt");
-  space.runs = DeviceMemory(static_cast<size_t>(rows) * sizeof(PrefillRun), "the rows of a prompt");
-  space.rows = rows;
-  prefill_space_ = std::move(space);
+  LayerProducts p;
+  p.qkv = product(layer.qkv, wide_bias ? layer.qkv.bias : layer.qkv_bias16, s.normed,
+                  hidden_stride_, s.qkv, qkv_stride_, dtype);
+  p.attention_out = product(layer.attention_out, layer.attention_out.bias, s.attended,
+                            hidden_stride_, s.x, hidden_stride_, DType::kFloat32);
+  p.attention_out.accumulate = true;
+  p.feed_forward_in = product(layer.feed_forward_in,
+                              wide_bias ? layer.feed_forward_in.bias : layer.feed_forward_in_bias16,
+                              s.normed, hidden_stride_, s.wide, wide_stride_, dtype);
+  p.feed_forward_in.gelu = true;
+  p.feed_forward_out = product(layer.feed_forward_out, layer.feed_forward_out.bias, s.wide,
+                               wide_stride_, s.x, hidden_stride_, DType::kFloat32);
+  p.feed_forward_out.accumulate = true;
+  return p;
 }
 
-void CudaDevice::Multiply(const Matrix& w, const void* bias, const void* x, int64_t ldx, void* y,
-                          int64_t ldy, DType out_dtype, int32_t rows, bool gelu, bool accumulate) {
-  CublasLt::Product product;
-  product.w = w.data;
-  product.ldw = w.row_bytes / static_cast<int64_t>(Bytes(activation_dtype_, 1));
+void CudaDevice::PrepareMultiplier() {
+  const CublasLt* const library = CublasLt::Open(nullptr);
+  if (!library) return;
+  auto multiplier = std::make_unique<Multiplier>(*library, stream_);
+  // The layers' products have the same shapes.
+  const LayerProducts p = ProductsOf(weights_->layers().front(), 1);
+  for (const CublasLt::Product* product :
+       {&p.qkv, &p.attention_out, &p.feed_forward_in, &p.feed_forward_out}) {
+    if (!multiplier->Plans(*product)) return;
+  }
+  multiplier_ = std::move(multiplier);
+}
+
+void CudaDevice::Multiply(const Matrix& w, const CublasLt::Product& product) {
   if (w.dtype != activation_dtype_) {
-    product.w = prefill_space_.weight.as<>();
-    product.ldw = RoundUp(w.in, 32);
     Check(Dequantize(w, activation_dtype_, prefill_space_.weight.as<>(), product.ldw, stream_),
           "launching the conversion of weights");
   }
-  product.x = x;
-  product.ldx = ldx;
-  product.y = y;
-  product.ldy = ldy;
-  product.rows = rows;
-  product.in = w.in;
-  product.out = w.out;
-  product.dtype = activation_dtype_;
-  product.out_dtype = out_dtype;
-  product.bias = bias;
-  product.gelu = gelu;
-  product.accumulate = accumulate;
   multiplier_->Run(product);
 }
 
@@ -252,15 +256,14 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
   };
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
-    const bool wide_bias = dtype == DType::kFloat32;
+    const LayerProducts products = ProductsOf(layer, rows);
     norm(layer.norm1);
-    Multiply(layer.qkv, wide_bias ? layer.qkv.bias : layer.qkv_bias16, s.normed.as<>(),
-             hidden_stride_, s.qkv.as<>(), qkv_stride_, dtype, rows, false, false);
+    Multiply(layer.qkv, products.qkv);
     PrefillAttentionArgs attention;
     attention.q = s.qkv.as<>();
     attention.ldq = qkv_stride_;
     if (attention_stores_) {
-      const size_t width = Bytes(dtype, h);
+      const size_t width = static_cast<size_t>(h) * SizeOf(dtype);
       attention.k = s.qkv.as<>() + width;
       attention.v = s.qkv.as<>() + 2 * width;
       attention.scale = 1.0f / std::sqrt(static_cast<float>(layout_.head_size));
@@ -287,14 +290,10 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     attention.layer = i;
     attention.overlap = true;
     Check(PrefillAttention(attention, stream_), "launching attention");
-    Multiply(layer.attention_out, layer.attention_out.bias, s.attended.as<>(), hidden_stride_,
-             s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
+    Multiply(layer.attention_out, products.attention_out);
     norm(layer.norm2);
-    Multiply(layer.feed_forward_in,
-             wide_bias ? layer.feed_forward_in.bias : layer.feed_forward_in_bias16, s.normed.as<>(),
-             hidden_stride_, s.wide.as<>(), wide_stride_, dtype, rows, true, false);
-    Multiply(layer.feed_forward_out, layer.feed_forward_out.bias, s.wide.as<>(), wide_stride_,
-             s.x.as<>(), hidden_stride_, DType::kFloat32, rows, false, true);
+    Multiply(layer.feed_forward_in, products.feed_forward_in);
+    Multiply(layer.feed_forward_out, products.feed_forward_out);
   }
   LastRowsArgs last;
   last.x = s.x.as<float>();

@@ -159,11 +159,19 @@ void ReadForeign(const engine::PluginBuffer& from, int32_t index, cudaStream_t s
 void WriteForeign(const void* from, cudaStream_t stream, const engine::PluginBuffer& to,
                   int32_t index) {
   CheckMemory(to, index);
-  Event before;
-  before.Record(stream);
-  // The source is pageable: CUDA has taken it over when this returns.
+  Event order;
+  order.Record(stream);
   Check(cudaMemcpyAsync(const_cast<void*>(to.data), from, to.bytes, cudaMemcpyHostToDevice, stream),
         "writing the caller's memory");
+  // The source is pageable: CUDA has taken it over by now, but where the device reads the host's pages
+  // itself.
+  int reads_pages = 0;
+  Check(cudaDeviceGetAttribute(&reads_pages, cudaDevAttrPageableMemoryAccessUsesHostPageTables,
+                               index),
+        "asking what the device is");
+  if (reads_pages == 0) return;
+  order.Record(stream);
+  order.Wait();
 }
 
 uint64_t ChecksumForeign(const engine::PluginBuffer* buffers, size_t count, int32_t index,

@@ -15,10 +15,7 @@ namespace cuda {
 // instead of launching them.
 class GraphRecorder {
  public:
-  // `overlaps`: whether the device can start a kernel before the one before it has ended (sm_90).
-  GraphRecorder(cudaGraph_t graph, bool overlaps) : graph_(graph), overlaps_(overlaps) {
-    Current() = this;
-  }
+  explicit GraphRecorder(cudaGraph_t graph) : graph_(graph) { Current() = this; }
   ~GraphRecorder() { Current() = nullptr; }
   GraphRecorder(const GraphRecorder&) = delete;
   GraphRecorder& operator=(const GraphRecorder&) = delete;
@@ -29,7 +26,7 @@ class GraphRecorder {
     return current;
   }
 
-  // With `overlap` the kernel may start early, where the device and graphs (CUDA 12.3) know of that.
+  // With `overlap` the kernel may start early, where graphs know of that (CUDA 12.3).
   // `arguments` are copied.
   cudaError_t Add(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, int cluster,
                   bool overlap, void** arguments) {
@@ -45,7 +42,7 @@ class GraphRecorder {
     params.kernel.sharedMemBytes = static_cast<unsigned>(shared_bytes);
     params.kernel.kernelParams = arguments;
     cudaGraphEdgeData edge = {};
-    if (overlap && overlaps_) {
+    if (overlap) {
       edge.from_port = cudaGraphKernelNodePortProgrammatic;
       edge.type = cudaGraphDependencyTypeProgrammatic;
     }
@@ -57,7 +54,6 @@ class GraphRecorder {
 #endif
 #else
     static_cast<void>(overlap);
-    static_cast<void>(overlaps_);
     cudaKernelNodeParams params = {};
     params.func = const_cast<void*>(kernel);
     params.gridDim = grid;
@@ -83,7 +79,6 @@ class GraphRecorder {
 
  private:
   cudaGraph_t graph_;
-  const bool overlaps_;
   cudaGraphNode_t last_ = nullptr;
 };
 

@@ -135,9 +135,15 @@ inline int32_t ClustersAtOnce(const void* kernel, int32_t bits, int32_t threads,
 
 // A kernel that may have so much shared memory already.
 template <typename Args>
-cudaError_t LaunchAllowed(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream,
-                          Args args) {
+cudaError_t LaunchAllowed(void (*kernel)(Args), LaunchShape shape, cudaStream_t stream, Args args) {
   const void* function = reinterpret_cast<const void*>(kernel);
+  if (shape.overlap) {
+    // Code for older devices has no WaitForGrid, whatever the device.
+    int architecture = 0;
+    const cudaError_t status = CompiledArchitecture(function, &architecture);
+    if (status != cudaSuccess) return status;
+    shape.overlap = architecture >= 90;
+  }
   void* pointers[] = {&args};
   const dim3 block(static_cast<unsigned>(shape.threads));
   if (GraphRecorder* const recorder = GraphRecorder::Current()) {

@@ -27,12 +27,7 @@ class HostLoader : public Loader {
       Check(cudaEventCreateWithFlags(&stage.free, cudaEventDisableTiming), "creating an event");
     }
   }
-  ~HostLoader() override {
-    cudaStreamSynchronize(stream_);
-    for (Stage& stage : stages_) {
-      if (stage.free) cudaEventDestroy(stage.free);
-    }
-  }
+  ~HostLoader() override { cudaStreamSynchronize(stream_); }
   HostLoader(const HostLoader&) = delete;
   HostLoader& operator=(const HostLoader&) = delete;
 
@@ -104,6 +99,10 @@ class HostLoader : public Loader {
     PinnedMemory host;
     DeviceMemory device;
     cudaEvent_t free = nullptr;
+
+    ~Stage() {
+      if (free) cudaEventDestroy(free);
+    }
   };
 
   float* Next() {

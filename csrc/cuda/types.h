@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fastgen {
@@ -11,6 +12,8 @@ namespace cuda {
 
 // Type of weights and of the KV cache. Everything between products is float32 in decode steps.
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+// Bytes of a number of the cache or of activations. Host code.
+inline size_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Columns of a group that share a scale, in int4 and int8 weights.
 constexpr int32_t kGroup = 32;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -17,35 +19,66 @@ SHAPES = [
 ]
 
 
+GREEDY = GenerationOptions(max_length=3, eos_token_id=-1)
+SAMPLING = GenerationOptions(
+    max_length=3,
+    decode_strategy="sampling",
+    top_k=20,
+    top_p=0.9,
+    temperature=0.8,
+    repetition_penalty=1.2,
+    no_repeat_ngram_size=2,
+    min_length=2,
+    eos_token_id=3,
+    num_return_sequences=2,
+)
+FEW = GenerationOptions(max_length=3, decode_strategy="sampling", top_k=4, eos_token_id=-1)
+
+
+def _prompts(shape: GPTShape) -> list[list[int]]:
+    return [[i * 7 % shape.vocab_size for i in range(n)] for n in (1, 5, 40, 90, 130)]
+
+
+def _prefill(model: EngineModel, shape: GPTShape) -> None:
+    assert np.isfinite(model.logits(_prompts(shape)[-1])).all()
+
+
+def _batch(options: GenerationOptions) -> Callable[[EngineModel, GPTShape], None]:
+    def run(model: EngineModel, shape: GPTShape) -> None:
+        sequences = model.generate(_prompts(shape), options, seed=1)
+        assert all(1 <= len(s.tokens) <= 3 for s in sequences)
+
+    return run
+
+
+def _few_rows(model: EngineModel, shape: GPTShape) -> None:
+    for count in (1, 2):
+        sequences = model.generate(_prompts(shape)[:count], FEW, seed=1)
+        assert all(len(s.tokens) == 3 for s in sequences)
+
+
+def _kept_logits(model: EngineModel, shape: GPTShape) -> None:
+    (one,) = model.generate(_prompts(shape)[:1], GREEDY, keep_logits=True)
+    assert one.logits is not None
+    assert one.logits.shape == (3, shape.vocab_size)
+
+
+PARTS = {
+    "prefill": _prefill,
+    "greedy": _batch(GREEDY),
+    "sampling": _batch(SAMPLING),
+    "few-rows": _few_rows,
+    "kept-logits": _kept_logits,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)  # apart, as racecheck takes minutes for each
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"h{s.hidden_size}")
-def test_every_kernel(shape: GPTShape, dtype: str) -> None:
+def test_every_kernel(shape: GPTShape, dtype: str, part: str) -> None:
     tensors = make_tensors(shape, WeightRecipe(2))
-    prompts = [[i * 7 % shape.vocab_size for i in range(n)] for n in (1, 5, 40, 90, 130)]
-    greedy = GenerationOptions(max_length=3, eos_token_id=-1)
-    sampling = GenerationOptions(
-        max_length=3,
-        decode_strategy="sampling",
-        top_k=20,
-        top_p=0.9,
-        temperature=0.8,
-        repetition_penalty=1.2,
-        no_repeat_ngram_size=2,
-        min_length=2,
-        eos_token_id=3,
-        num_return_sequences=2,
-    )
     with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as model:
-        assert np.isfinite(model.logits(prompts[-1])).all()
-        for options in (greedy, sampling):
-            sequences = model.generate(prompts, options, seed=1)
-            assert all(1 <= len(s.tokens) <= 3 for s in sequences)
-        few = GenerationOptions(max_length=3, decode_strategy="sampling", top_k=4, eos_token_id=-1)
-        for count in (1, 2):
-            assert all(len(s.tokens) == 3 for s in model.generate(prompts[:count], few, seed=1))
-        (one,) = model.generate(prompts[:1], greedy, keep_logits=True)
-        assert one.logits is not None
-        assert one.logits.shape == (3, shape.vocab_size)
+        PARTS[part](model, shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int4"])
