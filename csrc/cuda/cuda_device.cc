@@ -11,6 +11,9 @@
 namespace fastgen::cuda {
 namespace {
 
+// Sums below this are finite as float16, whatever was rounded on their way: half of its largest number.
+constexpr float kMostHalf = 32752.0f;
+
 std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
 std::atomic<int64_t> persistent_steps{0};
 std::atomic<int64_t> choosing_steps{0};
@@ -68,6 +71,7 @@ CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginO
             "asking what attention can do");
     }
     PrepareMultiplier();
+    saturates_ = activation_dtype_ == DType::kFloat16 && !(weights_->most_normed() < kMostHalf);
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;

@@ -194,6 +194,7 @@ class CudaDevice {
   // Opens cuBLASLt, and leaves it where it has not all of a layer's products.
   void PrepareMultiplier();
   void Multiply(const Matrix& w, const CublasLt::Product& product);
+  void SaturateRows(const DeviceMemory& x, int64_t stride, int32_t rows);
   // What the arguments of products of both kinds have in common.
   template <typename Args>
   Args ProductArgs(const Matrix& w, int32_t rows, Epilogue epilogue) const {
@@ -255,6 +256,7 @@ class CudaDevice {
   uint32_t persistent_steps_left_ = 0;  // before the exchange has to be zeroed
   DeviceMemory exchange_;
   bool attention_stores_ = false;  // keys and values of a prefill through cuBLASLt
+  bool saturates_ = false;         // what cuBLASLt rounds to float16 may become infinite
   // Null where cuBLASLt cannot be had, or has not all that is needed.
   std::unique_ptr<Multiplier> multiplier_;
 };

@@ -236,6 +236,14 @@ void CudaDevice::Multiply(const Matrix& w, const CublasLt::Product& product) {
   multiplier_->Run(product);
 }
 
+void CudaDevice::SaturateRows(const DeviceMemory& x, int64_t stride, int32_t rows) {
+  SaturateArgs args;
+  args.x = x.as<>();
+  args.ld = stride;
+  args.rows = rows;
+  Check(Saturate(args, stream_), "launching a prompt's products");
+}
+
 void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_run) {
   const PrefillSpace& s = prefill_space_;
   const DType dtype = activation_dtype_;
@@ -259,6 +267,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     const LayerProducts products = ProductsOf(layer, rows);
     norm(layer.norm1);
     Multiply(layer.qkv, products.qkv);
+    if (saturates_) SaturateRows(s.qkv, qkv_stride_, rows);
     PrefillAttentionArgs attention;
     attention.q = s.qkv.as<>();
     attention.ldq = qkv_stride_;
@@ -293,6 +302,7 @@ void CudaDevice::FeedManyRows(int32_t rows, int32_t num_runs, int32_t longest_ru
     Multiply(layer.attention_out, products.attention_out);
     norm(layer.norm2);
     Multiply(layer.feed_forward_in, products.feed_forward_in);
+    if (saturates_) SaturateRows(s.wide, wide_stride_, rows);
     Multiply(layer.feed_forward_out, products.feed_forward_out);
   }
   LastRowsArgs last;

@@ -181,6 +181,14 @@ struct LayerNormArgs {
 };
 cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream);
 
+// Infinite numbers become the largest finite ones, as where a product of ours is rounded.
+struct SaturateArgs {
+  void* x = nullptr;  // [rows, ld] of float16
+  int64_t ld = 0;     // a multiple of 8
+  int32_t rows = 0;
+};
+cudaError_t Saturate(const SaturateArgs& args, cudaStream_t stream);
+
 // Takes the product of a prefill apart: q / sqrt(head_size) stays (in place), k and v go to the cache.
 struct QkvArgs {
   void* qkv = nullptr;  // [rows, ld], `dtype`; bias is already in

@@ -154,23 +154,33 @@ __device__ inline float Load(const Matrix& w, int output, int column) {
 }
 
 // A warp per output. Once per model, so in double.
-__global__ void FoldKernel(Matrix w, Norm norm, float* sums, float* bias) {
+__global__ void FoldKernel(Matrix w, Norm norm, float* sums, float* bias, float* most) {
   const int output = blockIdx.x * kWarps + threadIdx.y;
   if (output >= w.out) return;
-  double sum = 0.0, shift = 0.0;
+  double sum = 0.0, shift = 0.0, squares = 0.0, shifts = 0.0;
   for (int k = threadIdx.x; k < w.in; k += 32) {
     const double weight = Load(w, output, k);
-    sum += weight * norm.weight[k];
-    shift += weight * norm.bias[k];
+    const double scaled = weight * norm.weight[k], shifted = weight * norm.bias[k];
+    sum += scaled;
+    shift += shifted;
+    squares += scaled * scaled;
+    shifts += fabs(shifted);
   }
   for (int offset = 16; offset > 0; offset /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     shift += __shfl_xor_sync(0xffffffffu, shift, offset);
+    squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    shifts += __shfl_xor_sync(0xffffffffu, shifts, offset);
   }
   if (threadIdx.x != 0) return;
-  if (w.bias != nullptr) shift += w.bias[output];
+  const double output_bias = w.bias != nullptr ? w.bias[output] : 0.0;
   sums[output] = static_cast<float>(sum);
-  bias[output] = static_cast<float>(shift);
+  bias[output] = static_cast<float>(shift + output_bias);
+  if (most == nullptr) return;
+  // What is centred and scaled has squares that add up to w.in at most (Cauchy and Schwarz).
+  const double here = sqrt(w.in * squares) + shifts + fabs(output_bias);
+  // In the order of their bits, as none is negative; what is not a number comes last.
+  atomicMax(reinterpret_cast<unsigned*>(most), __float_as_uint(static_cast<float>(here)));
 }
 
 __global__ void ReadKernel(const uint4* data, size_t count, float* sums) {
@@ -225,9 +235,10 @@ cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const Pa
   return cudaGetLastError();
 }
 
-cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias,
+cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias, float* most,
                      cudaStream_t stream) {
-  FoldKernel<<<(w.out + kWarps - 1) / kWarps, dim3(32, kWarps), 0, stream>>>(w, norm, sums, bias);
+  FoldKernel<<<(w.out + kWarps - 1) / kWarps, dim3(32, kWarps), 0, stream>>>(w, norm, sums, bias,
+                                                                              most);
   return cudaGetLastError();
 }
 

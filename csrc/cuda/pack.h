@@ -33,8 +33,9 @@ cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const Pa
                         cudaStream_t stream);
 
 // For an input that is normed: sums[n] = sum_k W_nk w_k and bias[n] = w.bias[n] + sum_k W_nk b_k, with
-// the norm's weight w and bias b, so that the product with what is not normed yet is enough.
-cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias,
+// the norm's weight w and bias b, so that the product with what is not normed yet is enough. Raises *most,
+// unless it is null, to what no output's magnitude exceeds, whatever is normed.
+cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias, float* most,
                      cudaStream_t stream);
 
 // Sums `bytes` (a multiple of 16) at `data` into sums[blocks]: every byte is read once.

@@ -142,6 +142,23 @@ __global__ void __launch_bounds__(kNormThreads) LayerNormKernel(const LayerNormA
   }
 }
 
+// Of two numbers of 16 bits.
+__device__ uint32_t SaturatePair(uint32_t pair) {
+  uint32_t saturated = pair;
+  if ((pair & 0x7fffu) == 0x7c00u) saturated -= 1;
+  if ((pair & 0x7fff0000u) == 0x7c000000u) saturated -= 0x10000u;
+  return saturated;
+}
+
+__global__ void __launch_bounds__(kThreads) SaturateKernel(const SaturateArgs args) {
+  uint4* const row = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.x) + blockIdx.x * args.ld);
+  for (int32_t i = threadIdx.x; i * 8 < args.ld; i += kThreads) {
+    const uint4 eight = row[i];
+    row[i] = make_uint4(SaturatePair(eight.x), SaturatePair(eight.y), SaturatePair(eight.z),
+                        SaturatePair(eight.w));
+  }
+}
+
 struct QkvTask {
   QkvArgs args;
   float query_divisor;
@@ -269,6 +286,14 @@ cudaError_t LayerNorm(const LayerNormArgs& args, cudaStream_t stream) {
     case DType::kBFloat16: return Launch(ShortNormKernel<DType::kBFloat16>, shape, stream, args);
     default: return cudaErrorInvalidValue;
   }
+}
+
+cudaError_t Saturate(const SaturateArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return cudaSuccess;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.rows));
+  shape.threads = kThreads;
+  return Launch(SaturateKernel, shape, stream, args);
 }
 
 cudaError_t StoreQkv(const QkvArgs& args, cudaStream_t stream) {

@@ -71,9 +71,10 @@ void PackBias16(const Matrix& of, DType dtype, const void* to, cudaStream_t stre
   Check(PackOutputs(row, 0, 1, from, stream), "packing weights");
 }
 
-void Fold(const Matrix& w, const Norm& norm, const FoldedNorm& to, cudaStream_t stream) {
+void Fold(const Matrix& w, const Norm& norm, const FoldedNorm& to, float* most,
+          cudaStream_t stream) {
   if (!to.sums) return;
-  Check(FoldNorm(w, norm, const_cast<float*>(to.sums), const_cast<float*>(to.bias), stream),
+  Check(FoldNorm(w, norm, const_cast<float*>(to.sums), const_cast<float*>(to.bias), most, stream),
         "folding a norm");
 }
 
@@ -133,11 +134,13 @@ Weights::Weights(const engine::PluginConfig& config, const engine::PluginOptions
   loader.Positions(config.max_positions, h, positions_);
   loader.FinalNorm(final_norm_, h);
   loader.Rows(engine::End::kHead, head_);
-  Fold(head_, final_norm_, folded_final_, stream);
+  Fold(head_, final_norm_, folded_final_, nullptr, stream);
   if (!config.head_is_tied) loader.Rows(engine::End::kEmbedding, embedding_);
   CheckReader(source.release_ends(source.self));
   report(static_cast<uint64_t>(step_begin + head_.row_bytes * head_.out));
 
+  const DeviceMemory most(sizeof(float), "loading the weights");
+  Check(cudaMemsetAsync(most.as<>(), 0, most.size(), stream), "clearing device memory");
   using engine::Vector;
   for (int32_t i = 0; i < config.num_layers; ++i) {
     const LayerWeights& layer = layers_[static_cast<size_t>(i)];
@@ -159,14 +162,16 @@ Weights::Weights(const engine::PluginConfig& config, const engine::PluginOptions
     loader.Columns(i, engine::Matrix::kAttentionOut, h, layer.attention_out, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardIn, wide, layer.feed_forward_in, 0);
     loader.Columns(i, engine::Matrix::kFeedForwardOut, h, layer.feed_forward_out, 0);
-    Fold(layer.qkv, layer.norm1, layer.folded1, stream);
-    Fold(layer.feed_forward_in, layer.norm2, layer.folded2, stream);
+    Fold(layer.qkv, layer.norm1, layer.folded1, most.as<float>(), stream);
+    Fold(layer.feed_forward_in, layer.norm2, layer.folded2, most.as<float>(), stream);
     CheckReader(source.release_layer(source.self, i));
     report(static_cast<uint64_t>(layer.qkv.row_bytes * layer.qkv.out +
                                  layer.attention_out.row_bytes * layer.attention_out.out +
                                  layer.feed_forward_in.row_bytes * layer.feed_forward_in.out +
                                  layer.feed_forward_out.row_bytes * layer.feed_forward_out.out));
   }
+  Check(cudaMemcpyAsync(&most_normed_, most.as<>(), most.size(), cudaMemcpyDeviceToHost, stream),
+        "loading the weights");
   Check(cudaStreamSynchronize(stream), "loading the weights");
   if (done < total) report(total - done);
 }

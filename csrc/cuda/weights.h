@@ -41,6 +41,9 @@ class Weights {
   // Bytes from a layer's weights to those of the next, the same for all of them.
   int64_t layer_bytes() const { return layer_bytes_; }
   const float* positions() const { return positions_; }  // [max_positions, hidden]
+  // What no magnitude of a layer's queries, keys, values or of its inner activations exceeds; 0 where the
+  // weights are float32. Not a number if some weight is not.
+  float most_normed() const { return most_normed_; }
   uint64_t bytes() const { return memory_.size(); }
   uint64_t step_bytes() const { return step_bytes_; }
 
@@ -53,6 +56,7 @@ class Weights {
   int64_t layer_bytes_ = 0;
   const float* positions_ = nullptr;
   uint64_t step_bytes_ = 0;
+  float most_normed_ = 0.0f;
 };
 
 // "float32", "float16", ...; throws base::Error for another name.

@@ -172,7 +172,7 @@ class NormWeights:
 def fold(library: ops.Library, w: Weights, norm: NormWeights) -> tuple[Array, Array]:
     """What lets a product take its input before the norm: its sums and its bias."""
     sums, bias = (Array(np.zeros(w.matrix.out, np.float32)) for _ in range(2))
-    library.call("fold_norm", w.matrix, norm.struct, sums.pointer, bias.pointer)
+    library.call("fold_norm", w.matrix, norm.struct, sums.pointer, bias.pointer, None)
     return sums, bias
 
 

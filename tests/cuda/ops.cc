@@ -26,6 +26,9 @@ FASTGEN_OP(embed, EmbedArgs) {
 FASTGEN_OP(layer_norm, LayerNormArgs) {
   return fastgen::cuda::LayerNorm(*args, static_cast<cudaStream_t>(stream));
 }
+FASTGEN_OP(saturate, SaturateArgs) {
+  return fastgen::cuda::Saturate(*args, static_cast<cudaStream_t>(stream));
+}
 FASTGEN_OP(store_qkv, QkvArgs) {
   return fastgen::cuda::StoreQkv(*args, static_cast<cudaStream_t>(stream));
 }
@@ -81,6 +84,6 @@ fastgen_op_persistent_exchange(const fastgen::cuda::PersistentArgs* args) {
 
 extern "C" __attribute__((visibility("default"))) int fastgen_op_fold_norm(
     const fastgen::cuda::Matrix* w, const fastgen::cuda::Norm* norm, float* sums, float* bias,
-    void* stream) {
-  return fastgen::cuda::FoldNorm(*w, *norm, sums, bias, static_cast<cudaStream_t>(stream));
+    float* most, void* stream) {
+  return fastgen::cuda::FoldNorm(*w, *norm, sums, bias, most, static_cast<cudaStream_t>(stream));
 }

@@ -191,6 +191,10 @@ class LayerNormArgs(ctypes.Structure):
     ]
 
 
+class SaturateArgs(ctypes.Structure):
+    _fields_ = [("x", _ptr), ("ld", _i64), ("rows", _i32)]
+
+
 class QkvArgs(ctypes.Structure):
     _fields_ = [
         ("qkv", _ptr),

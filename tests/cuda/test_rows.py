@@ -158,6 +158,40 @@ def test_layer_norm_saturates(library: ops.Library, dtype: str, top: float) -> N
     assert np.abs(got).max() <= top * 1.0001
 
 
+def test_saturate(library: ops.Library) -> None:
+    """Every number of 16 bits: infinite ones become the largest, others stay, what is none too."""
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(32, 2048)
+    device_bits = Array(bits)
+    library.call("saturate", ops.SaturateArgs(device_bits.ptr, 2048, 32))
+    expected = bits.copy()
+    expected[bits == 0x7C00] = 0x7BFF
+    expected[bits == 0xFC00] = 0xFBFF
+    assert (device_bits.get() == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
+@pytest.mark.parametrize(("size", "outputs"), [(64, 96), (1000, 33), (1, 5)])
+def test_bound_of_a_normed_product(
+    library: ops.Library, dtype: str, size: int, outputs: int
+) -> None:
+    """No input exceeds what folding says: neither random ones nor those that suit an output."""
+    rng = np.random.default_rng(size)
+    norm = NormWeights(rng, size)
+    w = Weights(rng, outputs, size, {"float16": ops.FLOAT16, "int4": ops.INT4}[dtype])
+    sums, bias, most = (Array(np.zeros(n, np.float32)) for n in (outputs, outputs, 1))
+    library.call("fold_norm", w.matrix, norm.struct, sums.pointer, bias.pointer, most.pointer)
+    bound = most.get()[0]
+    scaled = w.values * norm.weight
+    shift = (w.values * norm.bias).sum(axis=1) + w.bias
+    x = np.concatenate([rng.standard_normal((50, size)), scaled, -scaled])
+    products = (norm.apply(x) - norm.bias) @ w.values.T + shift
+    assert np.abs(products).max() <= bound
+    each = np.sqrt(size * (scaled**2).sum(axis=1)) + np.abs(w.values * norm.bias).sum(axis=1)
+    # Integer weights are rounded to float16 once more.
+    rel = 1e-5 if dtype == "float16" else ROUNDING[ops.FLOAT16]
+    assert bound == pytest.approx((each + np.abs(w.bias)).max(), rel=rel)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("cache_dtype", FLOATS)
 @pytest.mark.parametrize(("heads", "head_size"), [(4, 64), (3, 20), (5, 9)])
