@@ -314,7 +314,7 @@ def test_large_numbers_of_long_prompts_saturate(dtype: str, part: str) -> None:
     with EngineModel(shape, tensors, device="cuda", weight_dtype=dtype) as cuda:
         few, many = cuda.logits(tokens[:64]), cuda.logits(tokens)
     assert np.isfinite(many).all()
-    # Inner activations of few rows saturate later, and large keys make a weight of attention depend on
+    # Inner activations of few rows saturate later; with large keys attention's weights depend on
     # the last bit of a query.
     if part == "v_proj":
         assert nmse(many[:64], few) < 10 * BOUNDS[dtype]
