@@ -59,16 +59,19 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
   embedding.weight = weights_->layers().front().norm1.weight;
   embedding.dtype = weight_dtype_;
   embedding.places = s.places.as<RowPlace>();
-  Check(Embed(embedding, stream_), "launching the embedding");
   const bool joined = JoinsAttention(rows);
   DecodeAttentionArgs attention = Attention(rows);
   PiecesAhead second_layer;
   if (!joined) {
     if (attention.plan) attention.packed = attended.data;
+    // The step's first kernel, which starts when all before has ended.
+    attention.overlap = false;
     Check(PlanDecodeAttention(attention, stream_), "planning attention");
     attention.layer = 1;
     Check(DecodePiecesAhead(attention, &second_layer), "planning attention");
   }
+  embedding.overlap = embedding.beside = !joined && attention.plan;
+  Check(Embed(embedding, stream_), "launching the embedding");
   for (int32_t i = 0; i < config_.num_layers; ++i) {
     const LayerWeights& layer = weights_->layers()[static_cast<size_t>(i)];
     LinearRowsArgs qkv = PackedProduct(layer.qkv, x, rows, Epilogue::kQkv);
@@ -78,7 +81,7 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     qkv.layer = i;
     qkv.places = s.places.as<RowPlace>();
     // The first one waits for the embedding, and for all that earlier steps wrote; the others rely on it.
-    qkv.overlap = i > 0;
+    qkv.first = i == 0;
     if (joined) {
       QkvAttentionArgs both;
       both.qkv = qkv;

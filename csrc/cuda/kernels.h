@@ -102,6 +102,9 @@ struct LinearRowsArgs {
                 // has ended, as row_list; null: found out from it
   PiecesAhead ahead;
   bool overlap = false;
+  // With `overlap`, of a step's first product: only weights are read before the kernel before has ended, and
+  // the next one starts no sooner, so that what it reads early is there.
+  bool first = false;
   int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
 };
 
@@ -158,6 +161,8 @@ struct EmbedArgs {
   float* out = nullptr;  // [rows, ldo]; zero for padding rows
   int64_t ldo = 0;
   bool overlap = false;  // as for Linear
+  // With `overlap`: nothing here is written by the kernel before, which is waited for at the end only.
+  bool beside = false;
   // Beside `out`, where packed.data is not null: packed for the norm with that weight, as `dtype`.
   PackedRows packed;
   const float* weight = nullptr;

@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
       }
     }
   };
+  if (args.first) WaitForGrid();
   __syncthreads();
   LetNextGridStart();
   if (blocks > 1) ClusterArrive();

@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                  rank / 2 * width + head * kHeadSize, &shared.there);
     }
     PrefetchMap(plan.rows);
+    if (args.first) WaitForGrid();
     LetNextGridStart();
   }
   // What no kernel writes is read before the kernel before has ended: of the outputs that the lane finishes,
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   // and of the row that the block attends with.
+  if (args.first) WaitForGrid();
   RowPlace place = {nullptr, nullptr, 0, 0};
   if (has_row) {
     place = args.places != nullptr ? args.places[my_row]

@@ -44,7 +44,7 @@ __device__ float4 CutAt(float4 x, int32_t k, int32_t size) {
 
 __global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
   LetNextGridStart();
-  WaitForGrid();
+  if (!args.beside) WaitForGrid();
   const Row row = args.row_list[blockIdx.x];
   const int32_t position = PositionOf(row, args.slots);
   float* out = args.out + blockIdx.x * args.ldo;
@@ -67,17 +67,20 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const EmbedArgs args) {
     *reinterpret_cast<float4*>(out + column) = x;
   }
 #if FASTGEN_ARCH_HAS_PERSISTENT
-  if (args.packed.data == nullptr) return;
-  __syncthreads();
-  for (int32_t part = threadIdx.x / 32 * 2; part * kPartColumns < size; part += kThreads / 16) {
-    const int32_t lane = threadIdx.x % 32, row = blockIdx.x;
-    if (args.dtype == DType::kFloat16) {
-      PackParts<__half>(out, size, args.weight, part, args.packed, row, lane);
-    } else {
-      PackParts<BFloat16>(out, size, args.weight, part, args.packed, row, lane);
+  if (args.packed.data != nullptr) {
+    __syncthreads();
+    for (int32_t part = threadIdx.x / 32 * 2; part * kPartColumns < size; part += kThreads / 16) {
+      const int32_t lane = threadIdx.x % 32, row = blockIdx.x;
+      if (args.dtype == DType::kFloat16) {
+        PackParts<__half>(out, size, args.weight, part, args.packed, row, lane);
+      } else {
+        PackParts<BFloat16>(out, size, args.weight, part, args.packed, row, lane);
+      }
     }
   }
 #endif
+  // Who waits for this kernel has waited for the one before.
+  WaitForGrid();
 }
 
 // Few warps a block, so that few rows are on many multiprocessors too; each takes a row at a time.

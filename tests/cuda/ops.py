@@ -134,6 +134,7 @@ class LinearRowsArgs(ctypes.Structure):
         ("places", _ptr),
         ("ahead", PiecesAhead),
         ("overlap", ctypes.c_bool),
+        ("first", ctypes.c_bool),
         ("cluster", _i32),
     ]
 
@@ -170,6 +171,7 @@ class EmbedArgs(ctypes.Structure):
         ("out", _ptr),
         ("ldo", _i64),
         ("overlap", ctypes.c_bool),
+        ("beside", ctypes.c_bool),
         ("packed", PackedRows),
         ("weight", _ptr),
         ("dtype", _i32),
