@@ -7,8 +7,6 @@ namespace fastgen::cuda {
 namespace {
 
 constexpr size_t kPieceBytes = size_t{64} << 20;
-// Stay free of pages: graphs of steps, code that is loaded when it first runs, a prompt's logits.
-constexpr size_t kSpareBytes = size_t{64} << 20;
 
 }  // namespace
 

@@ -9,6 +9,10 @@
 
 namespace fastgen::cuda {
 
+// Stay free of pages and work spaces: graphs of steps, code that is loaded when it first runs, a prompt's
+// logits.
+constexpr size_t kSpareBytes = size_t{64} << 20;
+
 // Takes device memory in large pieces and keeps it until it is told to release it. Not thread-safe.
 class PagePool {
  public:

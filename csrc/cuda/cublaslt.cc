@@ -24,11 +24,14 @@ int TypeOf(DType dtype) {
 }
 
 // Of its status codes.
-constexpr int kAllocFailed = 3, kInvalidValue = 7, kArchMismatch = 8, kNotSupported = 15;
+constexpr int kNotInitialized = 1, kAllocFailed = 3, kInvalidValue = 7, kArchMismatch = 8,
+              kNotSupported = 15;
 
 fastgen_status StatusOf(int status) {
   if (status == kAllocFailed) return FASTGEN_OUT_OF_MEMORY;
-  const bool lacks = status == kInvalidValue || status == kArchMismatch || status == kNotSupported;
+  // The first is what a library says that does not know the device.
+  const bool lacks =
+      status == kNotInitialized || status == kArchMismatch || status == kNotSupported;
   return lacks ? FASTGEN_UNSUPPORTED : FASTGEN_INTERNAL;
 }
 
@@ -129,7 +132,11 @@ Multiplier::Plan Multiplier::Make(const CublasLt::Product& product) {
     set(kTransB, &kNotTransposed, sizeof kNotTransposed);
     const int32_t epilogue = product.gelu ? (product.bias ? kGeluTanhBias : kGeluTanh)
                                           : (product.bias ? kBias : kDefault);
-    set(kEpilogue, &epilogue, sizeof epilogue);
+    const int epilogue_status =
+        library_.desc_set_(plan.desc, kEpilogue, &epilogue, sizeof epilogue);
+    // So an old library says that it has no such epilogue.
+    CublasLt::CheckStatus(epilogue_status == kInvalidValue ? kNotSupported : epilogue_status,
+                          "cublasLtMatmulDescSetAttribute");
     if (product.bias) set(kBiasPointer, &product.bias, sizeof product.bias);
     plan.w = Layout(product.dtype, product.in, product.out, product.ldw);
     const std::vector<Heuristic> found = Ask(product, plan, kPlannedRows, 1);

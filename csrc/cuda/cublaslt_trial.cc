@@ -53,8 +53,11 @@ const Multiplier::Heuristic& Multiplier::AlgorithmFor(const CublasLt::Product& p
     try {
       plan->best[at] = Try(product, *plan, kFirstRows << at);
     } catch (const base::Error& error) {
-      // There may be memory for it another time.
-      if (error.status() != FASTGEN_OUT_OF_MEMORY) throw;
+      // Of so few rows or so many the first one may be all there is. Memory may be there another time.
+      const bool lacks = error.status() == FASTGEN_UNSUPPORTED;
+      if (!lacks && error.status() != FASTGEN_OUT_OF_MEMORY) throw;
+      plan->tried[at] = lacks;
+      plan->best[at] = plan->first;
       plan->skip[at] = kSkipped;
       return plan->first;
     }

@@ -146,7 +146,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   HostSlot& slot = slots_[at];
   // The last sampled token is never fed back, so it needs no place.
   const int64_t positions = int64_t{spec.prompt_length} + spec.sampling.max_length - 1;
-  pages_->Take(static_cast<size_t>(RoundUp(positions, kPage)) / kPage, &slot.pages);
+  TakePages(spec, static_cast<size_t>(RoundUp(positions, kPage)) / kPage, &slot.pages);
   try {
     Slot state = {};
     state.length = spec.prompt_length;
@@ -174,7 +174,7 @@ int32_t CudaDevice::Open(const engine::SequenceSpec& spec) {
   slot.keep_logits = spec.keep_logits;
   slot.prompt_length = spec.prompt_length;
   slot.fed = 0;
-  slot.is_copied = IsCopied(spec);
+  slot.like = IsCopied(spec) ? spec.like : -1;
   slot.launched = 0;
   slot.chosen_in_step = IsChosenInStep(spec.sampling, config_.vocab_size);
   slot.ahead = AheadResults(spec.sampling.max_length);
@@ -190,6 +190,9 @@ void CudaDevice::Close(int32_t index) {
   uploads_.Forget(static_cast<size_t>(index));
   pages_->GiveBack(&slot.pages);
   slot.open = false;
+  for (HostSlot& other : slots_) {
+    if (other.like == index) other.like = -1;
+  }
 }
 
 // Between equal prompts: that other ones share what begins alike is not offered to the engine.

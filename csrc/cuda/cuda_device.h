@@ -79,7 +79,7 @@ class CudaDevice {
     bool keep_logits = false;
     int32_t prompt_length = 0;
     int32_t fed = 0;              // prompt tokens in the cache
-    bool is_copied = false;       // as IsCopied says of its specification
+    int32_t like = -1;            // the slot that its prompt will be copied from, or -1
     int32_t launched = 0;         // of its steps
     bool chosen_in_step = false;  // its options are those of a step that chooses
     AheadResults ahead;
@@ -126,8 +126,16 @@ class CudaDevice {
   void ReserveLayer(int32_t rows);
   void ReserveDecode(int32_t rows);
   void ReservePrefill(int32_t rows);
-  // For the open sequences and this one.
+  // Rows of all three, and bytes that they take beside what there is.
+  struct SpaceRows {
+    int32_t layer = 0, decode = 0, prefill = 0;
+  };
+  size_t BytesMore(const SpaceRows& wanted) const;
+  void Reserve(const SpaceRows& rows);
+  // What the open sequences and this one need; to have it; and its pages.
+  SpaceRows RowsFor(const engine::SequenceSpec& spec) const;
   void ReserveFor(const engine::SequenceSpec& spec);
+  void TakePages(const engine::SequenceSpec& spec, size_t count, std::vector<char*>* pages);
   // Whether another sequence's prompt will be copied, so that none of this is fed.
   static bool IsCopied(const engine::SequenceSpec& spec) {
     return spec.like >= 0 && spec.alike + 1 == spec.prompt_length;

@@ -218,7 +218,13 @@ CudaDevice::LayerProducts CudaDevice::ProductsOf(const LayerWeights& layer, int3
 void CudaDevice::PrepareMultiplier() {
   const CublasLt* const library = CublasLt::Open(nullptr);
   if (!library) return;
-  auto multiplier = std::make_unique<Multiplier>(*library, stream_);
+  std::unique_ptr<Multiplier> multiplier;
+  try {
+    multiplier = std::make_unique<Multiplier>(*library, stream_);
+  } catch (const base::Error& error) {
+    if (error.status() != FASTGEN_UNSUPPORTED) throw;
+    return;
+  }
   // The layers' products have the same shapes.
   const LayerProducts p = ProductsOf(weights_->layers().front(), 1);
   for (const CublasLt::Product* product :

@@ -119,7 +119,6 @@ void CudaDevice::TakeBuffers(const std::vector<Buffer>& buffers) {
 template <typename Space>
 void CudaDevice::Empty(Space* space) {
   Check(cudaStreamSynchronize(stream_), "a decode step");
-  DropGraphs();
   *space = Space();
 }
 
@@ -134,6 +133,7 @@ void CudaDevice::Fill(int32_t rows, Space* space) {
 void CudaDevice::ReserveLayer(int32_t rows) {
   if (rows <= layer_space_.rows) return;
   Empty(&layer_space_);
+  DropGraphs();
   Fill(rows, &layer_space_);
 }
 
@@ -141,6 +141,7 @@ void CudaDevice::ReserveDecode(int32_t rows) {
   ReserveLayer(rows);
   if (rows <= decode_space_.rows) return;
   Empty(&decode_space_);
+  DropGraphs();
   ring_.Reserve(rows, stream_);
   Fill(rows, &decode_space_);
 }
@@ -151,7 +152,31 @@ void CudaDevice::ReservePrefill(int32_t rows) {
   Fill(rows, &prefill_space_);
 }
 
-void CudaDevice::ReserveFor(const engine::SequenceSpec& spec) {
+size_t CudaDevice::BytesMore(const SpaceRows& wanted) const {
+  const auto bytes = [this](int32_t rows, auto space) {
+    size_t sum = 0;
+    if (rows == 0) return sum;
+    for (const Buffer& buffer : Buffers(rows, &space)) sum += buffer.bytes;
+    return sum;
+  };
+  const auto more = [&](int32_t rows, int32_t held, auto space) {
+    return rows > held ? bytes(rows, std::move(space)) - bytes(held, decltype(space)()) : 0;
+  };
+  return more(wanted.layer, layer_space_.rows, LayerSpace()) +
+         more(wanted.decode, decode_space_.rows, DecodeSpace()) +
+         more(wanted.prefill, prefill_space_.rows, PrefillSpace());
+}
+
+void CudaDevice::Reserve(const SpaceRows& rows) {
+  // Steps in flight use what is about to move.
+  ReadSteps();
+  listed_.clear();
+  ReserveLayer(rows.layer);
+  ReserveDecode(rows.decode);
+  ReservePrefill(rows.prefill);
+}
+
+CudaDevice::SpaceRows CudaDevice::RowsFor(const engine::SequenceSpec& spec) const {
   size_t open = 1;
   int64_t many = 0, few = 0;
   const auto feed = [&](int32_t tokens, int32_t prompt_length) {
@@ -161,29 +186,59 @@ void CudaDevice::ReserveFor(const engine::SequenceSpec& spec) {
   for (const HostSlot& slot : slots_) {
     if (!slot.open) continue;
     ++open;
-    if (!slot.is_copied) feed(slot.prompt_length - slot.fed, slot.prompt_length);
+    if (slot.like < 0) feed(slot.prompt_length - slot.fed, slot.prompt_length);
   }
-  const int32_t steps = StepRows(open);
-  few = std::min<int64_t>(few, kFewRows);
-  many = std::min<int64_t>(many, kMostManyRows);
-  const auto layer = static_cast<int32_t>(std::max<int64_t>(steps, few));
-  const auto prefill = static_cast<int32_t>(many);
-  if (layer <= layer_space_.rows && steps <= decode_space_.rows && prefill <= prefill_space_.rows) {
+  SpaceRows rows;
+  rows.decode = StepRows(open);
+  rows.layer = std::max(rows.decode, static_cast<int32_t>(std::min<int64_t>(few, kFewRows)));
+  rows.prefill = static_cast<int32_t>(std::min<int64_t>(many, kMostManyRows));
+  return rows;
+}
+
+void CudaDevice::ReserveFor(const engine::SequenceSpec& spec) {
+  SpaceRows rows = RowsFor(spec);
+  if (BytesMore(rows) == 0) return;
+  SpaceRows generous = rows;
+  generous.decode = PowerOfTwo(kLeastStep, rows.decode);
+  generous.layer = std::max(generous.decode, PowerOfTwo(kLeastFew, rows.layer));
+  if (rows.prefill > 0) {
+    generous.prefill = std::min(PowerOfTwo(kLeastPrefill, rows.prefill), kMostManyRows);
+  }
+  // Whether they fit is asked before the old ones go, which open sequences need.
+  const auto fits = [this](const SpaceRows& wanted) {
+    return BytesMore(wanted) + kSpareBytes <= FreeMemory().bytes;
+  };
+  if (fits(generous)) {
+    rows = generous;
+  } else if (!fits(rows) && !(pages_->Release() && fits(rows))) {
+    ThrowMissing(
+        "the work space of steps, beside " + std::to_string(kSpareBytes) + " bytes to spare,",
+        BytesMore(rows), FreeMemory());
+  }
+  Reserve(rows);
+}
+
+void CudaDevice::TakePages(const engine::SequenceSpec& spec, size_t count,
+                           std::vector<char*>* pages) {
+  try {
+    pages_->Take(count, pages);
     return;
+  } catch (const base::Error& error) {
+    const auto is_open = [](const HostSlot& slot) { return slot.open; };
+    if (error.status() != FASTGEN_OUT_OF_MEMORY ||
+        std::any_of(slots_.begin(), slots_.end(), is_open)) {
+      throw;
+    }
   }
-  // Steps in flight use what is about to move.
+  // Of a sequence alone, the spaces of those before it may be what is missing.
   ReadSteps();
   listed_.clear();
-  try {
-    ReserveLayer(std::max(PowerOfTwo(kLeastStep, steps), PowerOfTwo(kLeastFew, few)));
-    ReserveDecode(PowerOfTwo(kLeastStep, steps));
-    if (prefill > 0) ReservePrefill(std::min(PowerOfTwo(kLeastPrefill, many), kMostManyRows));
-  } catch (const base::Error& error) {
-    if (error.status() != FASTGEN_OUT_OF_MEMORY) throw;
-    ReserveLayer(layer);  // no more than is needed
-    ReserveDecode(steps);
-    ReservePrefill(prefill);
-  }
+  Empty(&layer_space_);
+  Empty(&decode_space_);
+  Empty(&prefill_space_);
+  DropGraphs();
+  Reserve(RowsFor(spec));
+  pages_->Take(count, pages);
 }
 
 }  // namespace fastgen::cuda
