@@ -160,8 +160,8 @@ def load_directory(directory: Path) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
-def _check_tensors(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
-    """That the tensors of HuggingFace's names are there, of the sizes of the configuration."""
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a configuration asks for, by HuggingFace's names."""
     hidden, vocab = config["n_embd"], config["vocab_size"]
     inner = config.get("n_inner") or 4 * hidden
     shapes: dict[str, tuple[int, ...]] = {
@@ -181,7 +181,12 @@ def _check_tensors(config: Mapping[str, Any], tensors: Tensors, where: str) -> N
             shapes[f"h.{i}.{name}.bias"] = (columns,)
         for name in ("ln_1", "ln_2"):
             shapes[f"h.{i}.{name}.weight"] = shapes[f"h.{i}.{name}.bias"] = (hidden,)
-    for name, shape in shapes.items():
+    return shapes
+
+
+def _check_tensors(config: Mapping[str, Any], tensors: Tensors, where: str) -> None:
+    """That the tensors of HuggingFace's names are there, of the sizes of the configuration."""
+    for name, shape in tensor_shapes(config).items():
         if name not in tensors:
             raise ModelFileError(f"{where}: tensor {name} is missing")
         if tensors[name].shape != shape:

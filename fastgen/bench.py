@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastgen import convert, infer, models
+from fastgen._checkpoint import tensor_shapes
 from fastgen._engine import Session
 from fastgen._quantize import stored_weight_dtype
 from fastgen.errors import InvalidArgumentError
@@ -97,21 +98,14 @@ def layer_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and float32 tensors of a GPT-2 of a published size, without its embeddings: what
     `matrix` gives for rows and columns, biases of zeros, norms that change nothing."""
-    layers, hidden, _ = SHAPES[shape]
-    norms = ["ln_f"]
-    for i in range(layers):
-        for name, rows, columns in (
-            ("attn.c_attn", hidden, 3 * hidden),
-            ("attn.c_proj", hidden, hidden),
-            ("mlp.c_fc", hidden, 4 * hidden),
-            ("mlp.c_proj", 4 * hidden, hidden),
-        ):
-            yield f"h.{i}.{name}.weight", matrix(rows, columns)
-            yield f"h.{i}.{name}.bias", np.zeros(columns, dtype=np.float32)
-        norms += [f"h.{i}.ln_1", f"h.{i}.ln_2"]
-    for name in norms:
-        yield f"{name}.weight", np.ones(hidden, dtype=np.float32)
-        yield f"{name}.bias", np.zeros(hidden, dtype=np.float32)
+    for name, size in tensor_shapes(gpt2_config(shape)).items():
+        if name in ("wte.weight", "wpe.weight"):
+            continue
+        if len(size) == 2:
+            yield name, matrix(*size)
+        else:
+            fill = np.zeros if name.endswith(".bias") else np.ones
+            yield name, fill(size, dtype=np.float32)
 
 
 def random_model(shape: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 
 from fastgen import _capi, models
+from fastgen._checkpoint import tensor_shapes
 from fastgen._cli_options import option
 from fastgen._export import is_export
 from fastgen._json import read_json
@@ -52,26 +53,10 @@ def collect() -> dict[str, Any]:
 
 def _chosen() -> dict[str, Any]:
     """Kernel set and threads that a model gets here: those of the smallest model there is."""
-    width = 8
-    config = {"vocab_size": 8, "n_positions": 1, "n_embd": width, "n_layer": 1, "n_head": 1}
-    shapes = {
-        "wte.weight": (8, width),
-        "wpe.weight": (1, width),
-        "ln_f": (width,),
-        "h.0.ln_1": (width,),
-        "h.0.ln_2": (width,),
-        "h.0.attn.c_attn": (width, 3 * width),
-        "h.0.attn.c_proj": (width, width),
-        "h.0.mlp.c_fc": (width, 4 * width),
-        "h.0.mlp.c_proj": (4 * width, width),
+    config = {"vocab_size": 8, "n_positions": 1, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    tensors = {
+        name: np.zeros(shape, dtype=np.float32) for name, shape in tensor_shapes(config).items()
     }
-    tensors: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        if name.endswith(".weight"):
-            tensors[name] = np.zeros(shape, dtype=np.float32)
-        else:
-            tensors[f"{name}.weight"] = np.zeros(shape, dtype=np.float32)
-            tensors[f"{name}.bias"] = np.zeros(shape[-1], dtype=np.float32)
     with Generator.from_tensors(config, tensors) as generator:
         return {"isa": generator.info.isa, "threads": generator.info.num_threads}
 

@@ -13,6 +13,7 @@ import pytest
 from fastgen_tests.native_tokenizer import Native, save_vocabulary, trained
 
 from fastgen import Generator
+from fastgen._checkpoint import tensor_shapes
 
 END = "<|endoftext|>"
 TEXT = [
@@ -49,7 +50,7 @@ def random_weights(seed: int = 1, **sizes: Any) -> tuple[dict[str, Any], dict[st
         **sizes,
     }
     rng = np.random.default_rng(seed)
-    hidden, inner = config["n_embd"], config["n_inner"]
+    hidden = config["n_embd"]
 
     def normal(*shape: int, scale: float = 0.3, mean: float = 0.0) -> np.ndarray:
         return (mean + scale * rng.standard_normal(shape)).astype(np.float32)
@@ -58,20 +59,14 @@ def random_weights(seed: int = 1, **sizes: Any) -> tuple[dict[str, Any], dict[st
         "wte.weight": normal(config["vocab_size"], hidden, scale=0.6),
         "wpe.weight": normal(config["n_positions"], hidden),
     }
-    norms = ["ln_f"]
-    for i in range(config["n_layer"]):
-        for name, rows, columns in (
-            ("attn.c_attn", hidden, 3 * hidden),
-            ("attn.c_proj", hidden, hidden),
-            ("mlp.c_fc", hidden, inner),
-            ("mlp.c_proj", inner, hidden),
-        ):
-            tensors[f"h.{i}.{name}.weight"] = normal(rows, columns)
-            tensors[f"h.{i}.{name}.bias"] = normal(columns)
-        norms += [f"h.{i}.ln_1", f"h.{i}.ln_2"]
+    layers = {n: shape for n, shape in tensor_shapes(config).items() if n not in tensors}
+    norms = [name for name in layers if "ln_" in name]
+    for name, shape in layers.items():
+        if name not in norms:
+            tensors[name] = normal(*shape)
     for name in norms:
-        tensors[f"{name}.weight"] = normal(hidden, mean=1.0, scale=0.1)
-        tensors[f"{name}.bias"] = normal(hidden, scale=0.1)
+        mean = 1.0 if name.endswith(".weight") else 0.0
+        tensors[name] = normal(hidden, mean=mean, scale=0.1)
     return config, tensors
 
 
