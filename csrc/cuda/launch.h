@@ -133,16 +133,30 @@ inline int32_t ClustersAtOnce(const void* kernel, int32_t bits, int32_t threads,
   return clusters;
 }
 
+// Whether kernels wait for those before them: code for older devices has no WaitForGrid, whatever the
+// device. Asked once per device, of any kernel, as all are compiled for the same ones.
+inline cudaError_t CanOverlap(const void* kernel, bool* can) {
+  static std::atomic<int32_t> known[KnownClusters::kDevices];  // the architecture, 0 at first
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  int architecture = device < KnownClusters::kDevices ? known[device].load() : 0;
+  if (architecture == 0) {
+    status = CompiledArchitecture(kernel, &architecture);
+    if (status != cudaSuccess) return status;
+    if (device < KnownClusters::kDevices) known[device].store(architecture);
+  }
+  *can = architecture >= 90;
+  return cudaSuccess;
+}
+
 // A kernel that may have so much shared memory already.
 template <typename Args>
 cudaError_t LaunchAllowed(void (*kernel)(Args), LaunchShape shape, cudaStream_t stream, Args args) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.overlap) {
-    // Code for older devices has no WaitForGrid, whatever the device.
-    int architecture = 0;
-    const cudaError_t status = CompiledArchitecture(function, &architecture);
+    const cudaError_t status = CanOverlap(function, &shape.overlap);
     if (status != cudaSuccess) return status;
-    shape.overlap = architecture >= 90;
   }
   void* pointers[] = {&args};
   const dim3 block(static_cast<unsigned>(shape.threads));
