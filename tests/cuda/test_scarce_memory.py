@@ -71,6 +71,19 @@ def test_unused_pages_make_room(tensors: dict[str, np.ndarray]) -> None:
         assert tokens(model, prompts(16, 900), FEW_TOKENS) == scarce
 
 
+def test_alone_after_many() -> None:
+    """A sequence alone gets what the spaces of those before it have taken."""
+    shape = GPTShape(1000, 8192, 1024, 4, 16, 4096)
+    tensors = make_tensors(shape, WeightRecipe(4))
+    # 134 MB of cache, beside 67 to spare. With 200 to 260 MiB the many leave less than that.
+    whole = GenerationOptions(max_length=8180, eos_token_id=-1)
+    with EngineModel(shape, tensors, device="cuda", weight_dtype="float16") as model:
+        with free_mib(215):
+            tokens(model, prompts(8, 700), FEW_TOKENS)
+            scarce = tokens(model, prompts(1, 10), whole)
+        assert tokens(model, prompts(1, 10), whole) == scarce
+
+
 def test_too_little_for_one(tensors: dict[str, np.ndarray]) -> None:
     """The error says how much is missing, and the model goes on when there is enough."""
     with EngineModel(SHAPE, tensors, device="cuda", weight_dtype="float16") as model:
