@@ -319,7 +319,8 @@ def _parse_sizes(context: click.Context, parameter: click.Parameter, value: str)
 @click.option(
     "--cache_dtype",
     "--cache-dtype",
-    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: float32]",
+    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: as the "
+    "weights, beside integers bfloat16]",
 )
 @click.option("--peer", type=click.Choice(("paddlenlp",)), help="Run this on the same weights too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")

@@ -58,7 +58,7 @@ class FasterGPT(paddle.nn.Layer):
             or "int4"; None: float32 on the CPU, on a GPU the type that most of the model's weights
             have.
         cache_dtype: what it keeps keys and values as: on the CPU "float32", "float16", "bfloat16"
-            or "int8"; None: float32, on a GPU what goes with the weights.
+            or "int8"; None: as the weights are, beside integers bfloat16 (on a GPU float16).
 
     Attributes:
         last_seed: the seed of the last call that sampled, given or drawn: an int, or a list of one

@@ -146,7 +146,8 @@ class Generator:
                 `"int8"` or `"int4"`. Sums are float32 whatever it is. None: the type that
                 `fastgen convert --weight_dtype` gave the files, else float32.
             cache_dtype: what keys and values are kept as: on the CPU `"float32"`, `"float16"`,
-                `"bfloat16"` or `"int8"`; None: float32, on a GPU what goes with the weights.
+                `"bfloat16"` or `"int8"`; None: as the weights are, beside integers bfloat16 (on a
+                GPU float16).
             progress: called with bytes packed and bytes in all; True: a bar on standard error.
 
         Raises:

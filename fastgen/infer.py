@@ -506,8 +506,8 @@ def versions() -> dict[str, str | None]:
 )
 @option(
     "cache_dtype",
-    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: float32; on cuda "
-    "what goes with the weights]",
+    help="Type of keys and values: float32, float16, bfloat16, int8.  [default: as the weights, "
+    "beside integers bfloat16, on cuda float16]",
 )
 @option("threads", type=click.IntRange(min=1), help="Threads.  [default: all processors]")
 @option("isa", help="Kernel set, see fastgen info.  [default: the best]")

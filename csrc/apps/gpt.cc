@@ -48,7 +48,7 @@ Continues prompts. Without any they are read from standard input, as texts.
   --weight_dtype T          type of the weights: float32, float16, bfloat16, int8 or int4 [the
                             one that the model was converted to, else float32]
   --cache_dtype T           type of keys and values: on the CPU float32, float16, bfloat16 or int8
-                            [float32; on cuda what goes with the weights]
+                            [as the weights, beside integers bfloat16, on cuda float16]
   --threads N               threads of the CPU [all processors]
   --isa NAME                kernel set, as avx2 [the best of this machine]
   --stream                  print tokens as they come; of one sequence, or with --json

@@ -20,7 +20,9 @@ constexpr int kValueVecs = kWidth == 16 || M <= 2 ? 4 : 2;
 struct SpanArgs {
   const AttentionArgs* tile;
   int64_t row;
-  int64_t begin;  // first position of the span
+  const char* query;     // row `row`'s as the lines of the cache multiply it
+  int64_t query_stride;  // bytes
+  int64_t begin;         // first position of the span
   // Positions of it that row `row` attends; every further row attends one more, up to `most`.
   int64_t count;
   int64_t most;
@@ -33,18 +35,51 @@ inline const float* ScalesAt(const AttentionArgs& args, int64_t position) {
   return reinterpret_cast<const float*>(args.blocks[position / kBlock] + args.head.scales_at);
 }
 
+// What attention multiplies by lines of the cache, its queries and weights of values, is rounded to their
+// type by every set, whether it multiplies pairs or widens them.
+inline T RoundBrain(T v) { return Vec::HighBrain(Vec::BrainPair(v, v)); }
+
+// M queries as pairs, or as floats that pairs have, zero behind the last element.
+template <int M>
+void PrepareQueries(const AttentionArgs& args, int64_t row, char* out, int64_t stride) {
+  const int64_t n = args.head.head_size;
+  for (int m = 0; m < M; ++m) {
+    const float* const query = args.query + (row + m) * args.query_stride;
+    if constexpr (Vec::kBrainPairs) {
+      PrepareBrain<Vec>(query, n, reinterpret_cast<uint16_t*>(out + m * stride));
+    } else {
+      auto* const to = reinterpret_cast<float*>(out + m * stride);
+      for (int64_t i = 0; i < n; i += kWidth) {
+        Vec::Store(to + i, RoundBrain(LoadOfRow(query + i, n - i)));
+      }
+    }
+  }
+}
+
+// acc[v] += what vector v of a line of the cache gives with a row's unit of x.
+template <class Line, int V>
+__attribute__((always_inline)) inline void AddLine(const typename Line::Raw (&raw)[V],
+                                                   const char* x, T (&acc)[V]) {
+#pragma GCC unroll 2
+  for (int part = 0; part < Line::kParts; ++part) {
+    const typename Line::X a = Line::SetX(x + part * 4);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = Line::Mac(acc[v], Line::Part(raw[v], part), a);
+  }
+}
+
 // Scores of M rows at V vectors of positions, from `at` of the span on.
 template <class C, int M, int V>
 void ScoreTile(const SpanArgs& span, int64_t at) {
+  using Line = typename C::Line;
   constexpr int kVecs = V < kBlockVecs ? V : kBlockVecs;  // of a block
   constexpr int kBlocks = V / kVecs;
   const AttentionArgs& args = *span.tile;
   const int64_t position = span.begin + at;
-  const typename C::Element* keys[kBlocks];
+  const char* keys[kBlocks];
 #pragma GCC unroll 16
   for (int n = 0; n < kBlocks; ++n) {
-    const char* const area = args.blocks[position / kBlock + n];
-    keys[n] = reinterpret_cast<const typename C::Element*>(area) + position % kBlock;
+    keys[n] = args.blocks[position / kBlock + n] + position % kBlock * Line::kColumnBytes;
   }
   T acc[M][V];
 #pragma GCC unroll 16
@@ -52,20 +87,18 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
-  const int64_t stride = args.query_stride;
-  const float* query = args.query + span.row * stride;
-  for (int64_t d = 0; d < args.head.head_size; ++d) {
-    T k[V];
+  const int64_t lines = C::kPaired ? (args.head.head_size + 1) / 2 : args.head.head_size;
+  const char* query = span.query;
+  for (int64_t line = 0; line < lines; ++line) {
+    typename Line::Raw raw[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      k[v] = C::Load(keys[v / kVecs] + d * kBlock + v % kVecs * kWidth);
+      raw[v] =
+          Line::Load(keys[v / kVecs] + (line * kBlock + v % kVecs * kWidth) * Line::kColumnBytes);
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const T q = Vec::Set(query[m * stride + d]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(q, k[v], acc[m][v]);
-    }
+    for (int m = 0; m < M; ++m) AddLine<Line>(raw, query + m * span.query_stride, acc[m]);
+    query += Line::kParts * 4;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -82,9 +115,19 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
   }
 }
 
-// Takes scores of M rows to e^(score - the row's largest), times the scale of the value, and notes the
-// largest and the sum without scales behind the row's part. All rows at once: one alone waits for its
-// own chains. What a row does not attend weighs nothing.
+// Weights of pairs of values at p and behind: pairs take half of the room.
+template <class V>
+inline void StoreWeights(float* row, int64_t p, T weights) {
+  if constexpr (V::kBrainPairs) {
+    V::StoreBrainPairs(reinterpret_cast<uint16_t*>(row) + p, weights);
+  } else {
+    V::Store(row + p, RoundBrain(weights));
+  }
+}
+
+// Takes scores of M rows to e^(score - the row's largest), times the scale of the value, as lines of
+// values multiply it, and notes the largest and the sum without scales behind the row's part. All rows at
+// once: one alone waits for its own chains. What a row does not attend weighs nothing.
 template <class C, int M>
 void ExpScores(const SpanArgs& span, float* part, int64_t part_stride) {
   const AttentionArgs& args = *span.tile;
@@ -121,7 +164,11 @@ void ExpScores(const SpanArgs& span, float* part, int64_t part_stride) {
       float* const at = scores + m * kSpan + p;
       const T e = Exp(Vec::Sub(Vec::Load(at), shift[m]));
       total[m] = Vec::Add(total[m], e);
-      Vec::Store(at, C::kScaled ? Vec::Mul(e, factors) : e);
+      if constexpr (C::kPaired) {
+        StoreWeights<Vec>(scores + m * kSpan, p, e);
+      } else {
+        Vec::Store(at, C::kScaled ? Vec::Mul(e, factors) : e);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -131,9 +178,14 @@ void ExpScores(const SpanArgs& span, float* part, int64_t part_stride) {
 // parts[m, column ..) = sum over positions p of scores[m, p] * values[p], for M rows and V vectors.
 template <class C, int M, int V>
 void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t column) {
+  using Line = typename C::Line;
+  constexpr int64_t kOfLine = C::kPaired ? 2 : 1;  // positions
+  constexpr int64_t kLines = kBlock / kOfLine;     // of a block
+  constexpr int64_t kUnits = Line::kParts * 4;     // bytes of weights for a line
+  constexpr int64_t kRow = kSpan * static_cast<int64_t>(sizeof(float));
   const AttentionArgs& args = *span.tile;
-  const int64_t stride = args.head.value_stride;
-  const float* scores = args.scores + span.row * kSpan;
+  const int64_t stride = args.head.value_stride * Line::kColumnBytes;
+  const auto* const weights = reinterpret_cast<const char*>(args.scores + span.row * kSpan);
   T acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -141,34 +193,36 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
   const char* const* const blocks = args.blocks + span.begin / kBlock;
-  const auto values_of = [&](int64_t p) {
-    return reinterpret_cast<const typename C::Element*>(blocks[p / kBlock] + args.head.values_at) +
-           p % kBlock * stride + column;
+  const auto line_at = [&](int64_t line) {
+    return blocks[line / kLines] + args.head.values_at + line % kLines * stride +
+           column * Line::kColumnBytes;
   };
-  for (int64_t begin = 0; begin < span.count; begin += kBlock) {
-    const auto* values = values_of(begin);
-    const int64_t end = Min(begin + kBlock, span.count);
-    for (int64_t p = begin; p < end; ++p, values += stride) {
-      T x[V];
+  typename Line::Raw raw[V];
+  const int64_t whole = span.count / kOfLine;
+  for (int64_t begin = 0; begin < whole; begin += kLines) {
+    const char* values = line_at(begin);
+    const int64_t end = Min(begin + kLines, whole);
+    for (int64_t line = begin; line < end; ++line, values += stride) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) x[v] = C::Load(values + v * kWidth);
+      for (int v = 0; v < V; ++v) raw[v] = Line::Load(values + v * kWidth * Line::kColumnBytes);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const T s = Vec::Set(scores[m * kSpan + p]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(s, x[v], acc[m][v]);
-      }
+      for (int m = 0; m < M; ++m) AddLine<Line>(raw, weights + m * kRow + line * kUnits, acc[m]);
     }
   }
   // What only the later rows attend must not touch the earlier ones: 0 * inf is no 0.
 #pragma GCC unroll 16
-  for (int m = 1; m < M; ++m) {
+  for (int m = 0; m < M; ++m) {
     const int64_t end = span.CountOf(m);
-    for (int64_t p = span.count; p < end; ++p) {
-      const auto* values = values_of(p);
-      const T s = Vec::Set(scores[m * kSpan + p]);
+    for (int64_t line = whole; line * kOfLine < end; ++line) {
+      const char* const values = line_at(line);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[m][v] = Vec::Fma(s, C::Load(values + v * kWidth), acc[m][v]);
+      for (int v = 0; v < V; ++v) {
+        raw[v] = Line::Load(values + v * kWidth * Line::kColumnBytes);
+        if constexpr (C::kPaired) {
+          if (line * kOfLine + 1 == end) raw[v] = Vec::FirstBrain(raw[v]);
+        }
+      }
+      AddLine<Line>(raw, weights + m * kRow + line * kUnits, acc[m]);
     }
   }
 #pragma GCC unroll 16
@@ -181,8 +235,18 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
 }
 
 template <class C, int M>
-void AttendSpan(const SpanArgs& span, float* part) {
+void AttendSpan(const SpanArgs& given, float* part) {
+  SpanArgs span = given;
   const AttentionArgs& args = *span.tile;
+  alignas(64) char queries[C::kPaired ? M * kMostHeadSize * C::Line::kParts * 2 : 1];
+  if constexpr (C::kPaired) {
+    span.query = queries;
+    span.query_stride = (args.head.head_size * C::Line::kParts * 2 + 63) / 64 * 64;
+    PrepareQueries<M>(args, span.row, queries, span.query_stride);
+  } else {
+    span.query = reinterpret_cast<const char*>(args.query + span.row * args.query_stride);
+    span.query_stride = args.query_stride * static_cast<int64_t>(sizeof(float));
+  }
   constexpr int kScores = kScoreVecs<M>;
   constexpr int kLeast = kScores < kBlockVecs ? kScores : kBlockVecs;
   const int64_t most = (span.CountOf(M - 1) + kBlock - 1) / kBlock * kBlock;

@@ -7,28 +7,35 @@ inline T Saturate(T x, float most) {
   return Vec::Add(clipped, Vec::Sub(x, x));
 }
 
+// A type's elements, and the line of them that attention multiplies (matmul_inl.h).
 struct CacheFloat32 {
   using Element = float;
-  static constexpr bool kScaled = false;
-  static T Load(const Element* p) { return Vec::Load(p); }
+  using Line = Float32;
+  static constexpr bool kScaled = false, kPaired = false;
   static void Store(Element* p, T x) { Vec::Store(p, x); }
 };
 struct CacheFloat16 {
   using Element = uint16_t;
-  static constexpr bool kScaled = false;
-  static T Load(const Element* p) { return Vec::LoadHalf(p); }
+  using Line = Float16;
+  static constexpr bool kScaled = false, kPaired = false;
   static void Store(Element* p, T x) { Vec::StoreHalf(p, Saturate(x, 65504.0f)); }
 };
 struct CacheBFloat16 {
   using Element = uint16_t;
-  static constexpr bool kScaled = false;
-  static T Load(const Element* p) { return Vec::LoadBrain(p); }
-  static void Store(Element* p, T x) { Vec::StoreBrain(p, Saturate(x, 0x1.fep127f)); }
+  using Line = Brain;
+  static constexpr bool kScaled = false, kPaired = true;
+  static Vec::I Pair(T low, T high) {
+    return Vec::BrainPair(Saturate(low, 0x1.fep127f), Saturate(high, 0x1.fep127f));
+  }
 };
 struct CacheInt8 {
   using Element = int8_t;
-  static constexpr bool kScaled = true;
-  static T Load(const Element* p) { return Vec::LoadInt8(p); }
+  struct Line : FloatLine<1, 1> {
+    using Raw = T;
+    static T Load(const char* p) { return Vec::LoadInt8(reinterpret_cast<const int8_t*>(p)); }
+    static T Part(T raw, int) { return raw; }
+  };
+  static constexpr bool kScaled = true, kPaired = false;
   // NaN as -127, whatever its scale makes of it.
   static void Store(Element* p, T x) {
     const T clipped = Vec::Min(Vec::Max(x, Vec::Set(-127.0f)), Vec::Set(127.0f));
@@ -76,7 +83,8 @@ void WriteRow(const float* from, int64_t n, typename C::Element* to, float* scal
   for (int64_t i = whole; i < n; ++i) to[i] = rest[i - whole];
 }
 
-// kWidth rows of n elements, `stride` from one another, to columns: element i of all to to[i * kBlock ..).
+// kWidth rows of n elements, `stride` from one another, to columns: element i of all to to[i * kBlock ..),
+// or pairs of elements i and i + 1 to to[i / 2 * kBlock * 2 ..).
 template <class C>
 void WriteColumns(const float* from, int64_t stride, int64_t n, typename C::Element* to,
                   float* scales) {
@@ -95,9 +103,63 @@ void WriteColumns(const float* from, int64_t stride, int64_t n, typename C::Elem
     for (int64_t r = 0; r < kWidth; ++r) columns[r] = LoadRow(from + r * stride, i, n);
     Vec::Transpose(columns);
     const int64_t count = Min(kWidth, n - i);
-    for (int64_t k = 0; k < count; ++k) {
-      C::Store(to + (i + k) * kBlock, C::kScaled ? Vec::Mul(columns[k], factors) : columns[k]);
+    if constexpr (C::kPaired) {
+      // Behind the last element a row is zero.
+      for (int64_t k = 0; k < count; k += 2) {
+        Vec::StoreInt(to + (i + k) * kBlock, C::Pair(columns[k], columns[k + 1]));
+      }
+    } else {
+      for (int64_t k = 0; k < count; ++k) {
+        C::Store(to + (i + k) * kBlock, C::kScaled ? Vec::Mul(columns[k], factors) : columns[k]);
+      }
     }
+  }
+}
+
+// Row of n elements to one of the two places of each pair: element i to to[i * step], and zeros up to the
+// next whole vector.
+template <class C>
+void WriteHalves(const float* from, int64_t n, typename C::Element* to, int64_t step) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    typename C::Element pairs[2 * kWidth];
+    const T x = LoadRow(from, i, n);
+    Vec::StoreInt(pairs, C::Pair(x, x));
+    for (int64_t k = 0; k < kWidth; ++k) to[(i + k) * step] = pairs[2 * k];
+  }
+}
+
+// Pairs of positions and elements; see cache_layout.h.
+template <class C>
+void WritePaired(const HeadLayout& head, const float* keys, const float* values, int64_t stride,
+                 int64_t rows, char* area, int64_t at) {
+  using Element = typename C::Element;
+  const int64_t n = head.head_size;
+  auto* const key_pairs = reinterpret_cast<Element*>(area);
+  auto* const value_pairs = reinterpret_cast<Element*>(area + head.values_at);
+  int64_t r = 0;
+  for (; r + kWidth <= rows; r += kWidth) {
+    WriteColumns<C>(keys + r * stride, stride, n, key_pairs + 2 * (at + r), nullptr);
+  }
+  for (; r < rows; ++r) {
+    Element row[kMostHeadSize];
+    WriteHalves<C>(keys + r * stride, n, row, 1);
+    for (int64_t i = 0; i < (n + 1) / 2 * 2; ++i) {
+      key_pairs[(i / 2 * kBlock + at + r) * 2 + i % 2] = row[i];
+    }
+  }
+  for (r = 0; r < rows;) {
+    const float* const row = values + r * stride;
+    const int64_t position = at + r;
+    Element* const to = value_pairs + position / 2 * 2 * head.value_stride;
+    if (position % 2 != 0 || r + 1 == rows) {
+      WriteHalves<C>(row, n, to + position % 2, 2);
+      ++r;
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += kWidth) {
+      Vec::StoreInt(to + 2 * i, C::Pair(LoadRow(row, i, n), LoadRow(row + stride, i, n)));
+    }
+    r += 2;
   }
 }
 
@@ -132,7 +194,8 @@ void WriteCache(const HeadLayout& head, const float* keys, const float* values, 
   switch (head.type) {
     case CacheType::kFloat32: return write(CacheFloat32{});
     case CacheType::kFloat16: return write(CacheFloat16{});
-    case CacheType::kBFloat16: return write(CacheBFloat16{});
+    case CacheType::kBFloat16:
+      return WritePaired<CacheBFloat16>(head, keys, values, stride, rows, area, at);
     case CacheType::kInt8: return write(CacheInt8{});
   }
 }

@@ -40,13 +40,26 @@ bool ParseCacheType(const char* name, CacheType* type) {
 
 const char* CacheTypeName(CacheType type) { return Of(type).name; }
 
+int64_t KeyAt(const HeadLayout& head, int64_t i, int64_t position) {
+  if (head.type == CacheType::kBFloat16) return (i / 2 * kBlock + position) * 2 + i % 2;
+  return i * kBlock + position;
+}
+
+int64_t ValueAt(const HeadLayout& head, int64_t i, int64_t position) {
+  if (head.type == CacheType::kBFloat16) {
+    return (position / 2 * head.value_stride + i) * 2 + position % 2;
+  }
+  return position * head.value_stride + i;
+}
+
 HeadLayout MakeHeadLayout(CacheType type, int64_t head_size) {
   const int64_t element = Of(type).element_bytes;
   HeadLayout head;
   head.type = type;
   head.head_size = head_size;
   head.value_stride = (head_size + kRowAlign - 1) / kRowAlign * kRowAlign;
-  head.values_at = head_size * kBlock * element;
+  const int64_t key_size = type == CacheType::kBFloat16 ? (head_size + 1) / 2 * 2 : head_size;
+  head.values_at = key_size * kBlock * element;
   head.scales_at = head.values_at + kBlock * head.value_stride * element;
   head.bytes = head.scales_at;
   if (type == CacheType::kInt8) head.bytes += 2 * kBlock * static_cast<int64_t>(sizeof(float));

@@ -5,6 +5,10 @@
 //   values        [kBlock, value_stride] rows, zero behind a head's elements
 //   scales        int8 only: float32 [kBlock] of the keys, then of the values
 // and an integer's number is scale * q, with one scale for a position's key and one for its value.
+// bfloat16 lies in the pairs that instructions multiply:
+//   keys          [(head_size + 1) / 2, kBlock, 2]: two elements of a position side by side
+//   values        [kBlock / 2, value_stride, 2]: two positions of an element side by side
+// and is zero where there is no second element.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +36,11 @@ struct HeadLayout {
 // The type of that name, "float32", "float16", "bfloat16" or "int8"; false for another.
 bool ParseCacheType(const char* name, CacheType* type);
 const char* CacheTypeName(CacheType type);
+
+// Where element i of a head's key, and of its value, at a position of the block is, in elements from the
+// beginning of the keys and of the values.
+int64_t KeyAt(const HeadLayout& head, int64_t i, int64_t position);
+int64_t ValueAt(const HeadLayout& head, int64_t i, int64_t position);
 
 HeadLayout MakeHeadLayout(CacheType type, int64_t head_size);
 

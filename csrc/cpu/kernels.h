@@ -35,15 +35,13 @@ struct MatmulArgs {
   Epilogue epilogue;
 };
 
-// Elements of a row in 8 bits that share a step.
-constexpr int64_t kStepRun = 4 * kGroup;
-
-// kGroup activations of a row in 8 bits: each is about step * q. Behind a row's groups comes a float, the
-// step of the last run.
-struct QuantizedGroup {
+// A part of a row of activations in 8 bits, of as many as share a scale of the weights: each is about
+// step * q, with one step for kRun of them. Behind a row's parts comes a float, the step of the last.
+template <int64_t kRows>
+struct QuantizedPart {
   int32_t offset;  // -(sum of q) * what the stored bytes of the weights are more than the weights
-  float ratio;     // of the step of the run before to that of the run that begins here
-  int8_t q[kGroup];
+  float ratio;     // of the step of the run before to that of the run that begins here, else 1
+  int8_t q[kRows];
 };
 
 // Rows of a sequence that attention takes at once.
@@ -76,7 +74,7 @@ struct Kernels {
 
   // Bytes of a row of `in` activations as `matmul` takes it for weights of this type, or 0: as it is.
   int64_t (*prepared_bytes)(WeightType type, int64_t in);
-  // Makes such a row: bfloat16 pairs, or for integer weights QuantizedGroups and a step.
+  // Makes such a row: bfloat16 pairs, or for integer weights QuantizedParts and a step.
   void (*prepare)(WeightType type, const float* x, int64_t in, void* prepared);
   // Panels [begin, end) of y = epilogue(x W + b).
   void (*matmul)(const MatmulArgs& args, int64_t panel_begin, int64_t panel_end);

@@ -4,6 +4,7 @@
 // never hand another set's code to a machine that cannot run it.
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/cpuid.h"
 #include "cpu/kernels.h"
@@ -164,7 +165,8 @@ float ReadSum(const float* x, int64_t n) {
 #pragma GCC unroll 16
     for (int s = 0; s < kSums; ++s) {
       if (s * kWidth % 16 == 0) {
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i + s * kWidth) + kPrefetchBytes);
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i + s * kWidth) + kPrefetchBytes, 0,
+                           2);
       }
       sums[s] = Vec::Add(sums[s], Vec::Load(x + i + s * kWidth));
     }

@@ -21,7 +21,7 @@ struct FloatLine {
   using X = T;
   static constexpr int64_t kColumnBytes = kBytes;
   static constexpr int kParts = kPartsOfLine;
-  static constexpr bool kGrouped = false;
+  static constexpr int64_t kScaleRows = 0;
   static int64_t Units(int64_t in) { return in; }
   static X SetX(const char* x) { return Vec::Set(*reinterpret_cast<const float*>(x)); }
   static T Mac(T acc, T w, X x) { return Vec::Fma(x, w, acc); }
@@ -51,27 +51,33 @@ struct BrainPairs {
   using X = Vec::I;
   static constexpr int64_t kColumnBytes = 4;
   static constexpr int kParts = 1;
-  static constexpr bool kGrouped = false;
+  static constexpr int64_t kScaleRows = 0;
   static int64_t Units(int64_t in) { return (in + 1) / 2; }
   static Raw Load(const char* w) { return Vec::LoadInt(w); }
   static Raw Part(Raw raw, int) { return raw; }
   static X SetX(const char* x) { return Vec::SetInt(x); }
   static T Mac(T acc, Raw w, X x) { return V::DotBrain(acc, w, x); }
 };
-struct Int8 {
+using Brain = std::conditional_t<Vec::kBrainPairs, BrainPairs<Vec>, BFloat16>;
+template <int64_t kRows>
+struct Bytes {
   using Raw = Vec::I;
   using Acc = Vec::I;
   using X = Vec::Quad;
   static constexpr int64_t kColumnBytes = 4;
   static constexpr int kParts = 1;
-  static constexpr bool kGrouped = true;
+  static constexpr int64_t kScaleRows = kRows;
+  static constexpr bool kSigned = Vec::kSignedBytes;  // the set takes the 128 off each byte itself
   static Raw Load(const char* w) { return Vec::LoadInt(w); }
   static Raw Part(Raw raw, int) { return raw; }
   static X SetX(const char* x) { return Vec::SetQuad(x); }
   static Acc Mac(Acc acc, Raw w, const X& x) { return Vec::DotBytes(acc, w, x); }
 };
-struct Int4 : Int8 {
+using Int8 = Bytes<kRun>;
+using Int8Groups = Bytes<kGroup>;
+struct Int4 : Bytes<kGroup> {
   static constexpr int kParts = 2;
+  static constexpr bool kSigned = false;
   static Raw Part(Raw raw, int part) {
     return part == 0 ? Vec::LowNibbles(raw) : Vec::HighNibbles(raw);
   }
@@ -101,6 +107,9 @@ __attribute__((always_inline)) inline void Accumulate(const char* w, const char*
                                                       int64_t x_stride, int64_t units, Ahead* ahead,
                                                       typename W::Acc (&acc)[M][V]) {
   constexpr int64_t kBytes = V * kWidth * W::kColumnBytes;  // of a line that are read
+  // Into the second-level cache, as the first holds up too few lines that are on their way, except where
+  // one row of floats does next to nothing with each.
+  constexpr int kNear = M == 1 && W::kScaleRows == 0 ? 3 : 2;
   const char* at = ahead->at;
   const int64_t step = ahead->step;
   for (int64_t unit = 0; unit < units; unit += W::kParts) {
@@ -108,7 +117,9 @@ __attribute__((always_inline)) inline void Accumulate(const char* w, const char*
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) raw[v] = W::Load(w + v * kWidth * W::kColumnBytes);
 #pragma GCC unroll 16
-    for (int line = 0; line * 64 < kBytes; ++line) __builtin_prefetch(at + line * 64);
+    for (int line = 0; line * 64 < kBytes; ++line) {
+      __builtin_prefetch(at + line * 64, 0, kNear);
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < W::kParts; ++part) {
       if (part > 0 && unit + part >= units) break;
@@ -133,24 +144,33 @@ void Tile(const MatmulArgs& args, const Place& place) {
   const char* x = static_cast<const char*>(args.x) + place.row * args.x_stride;
   const int64_t x_stride = args.x_stride;
   Ahead ahead{place.ahead, kPanel * W::kColumnBytes / place.share};
+  // Of many rows it is in no cache that is near.
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    const float* const y = args.y + (place.row + m) * args.ldy + place.column + first;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v += 16 / kWidth) __builtin_prefetch(y + v * kWidth, 1);
+  }
   T acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
-  if constexpr (!W::kGrouped) {
+  if constexpr (W::kScaleRows == 0) {
     Accumulate<W, M, V>(panel + first * W::kColumnBytes, x, x_stride, W::Units(args.in), &ahead,
                         acc);
   } else {
-    // Whole numbers within a group, and one chain of floats over the groups, in the row's steps: a
-    // multiplication for each sum where the step changes instead of one for each group.
-    for (int64_t begin = 0; begin < args.in; begin += kGroup) {
-      if (begin != 0 && begin % kStepRun == 0) {
+    // Whole numbers within a scale, and one chain of floats over the scales, in the row's steps: a
+    // multiplication for each sum where the step changes.
+    using Quantized = QuantizedPart<W::kScaleRows>;
+    constexpr int64_t kGroupBytes = kGroup / 4 / W::kParts * kPanel * W::kColumnBytes;
+    for (int64_t begin = 0; begin < args.in; begin += W::kScaleRows) {
+      if (begin != 0 && begin % kRun == 0) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
-          const T ratio = Vec::Set(group->ratio);
+          const auto* quantized = reinterpret_cast<const Quantized*>(x + m * x_stride);
+          const T ratio = Vec::Set(quantized->ratio);
 #pragma GCC unroll 16
           for (int v = 0; v < V; ++v) acc[m][v] = Vec::Mul(acc[m][v], ratio);
         }
@@ -158,17 +178,21 @@ void Tile(const MatmulArgs& args, const Place& place) {
       Vec::I part[M][V];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const auto* group = reinterpret_cast<const QuantizedGroup*>(x + m * x_stride);
-        const Vec::I offset = Vec::kSignedBytes && std::is_same_v<W, Int8>
+        const auto* quantized = reinterpret_cast<const Quantized*>(x + m * x_stride);
+        const Vec::I offset = W::kSigned
                                   ? Vec::ZeroInt()
-                                  : Vec::SetInt(reinterpret_cast<const char*>(&group->offset));
+                                  : Vec::SetInt(reinterpret_cast<const char*>(&quantized->offset));
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) part[m][v] = offset;
       }
-      __builtin_prefetch(ahead.at);
+      __builtin_prefetch(ahead.at, 0, 2);
       ahead.at += 2 * kPanel / place.share;
-      Accumulate<W, M, V>(panel + 2 * kPanel + first * W::kColumnBytes,
-                          x + offsetof(QuantizedGroup, q), x_stride, kGroup / 4, &ahead, part);
+      const char* group = panel + 2 * kPanel;
+      const char* q = x + offsetof(Quantized, q);
+      const int64_t end = Min(W::kScaleRows, args.in - begin);
+      for (int64_t k = 0; k < end; k += kGroup, group += kGroupBytes, q += kGroup) {
+        Accumulate<W, M, V>(group + first * W::kColumnBytes, q, x_stride, kGroup / 4, &ahead, part);
+      }
       T scale[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
@@ -181,8 +205,8 @@ void Tile(const MatmulArgs& args, const Place& place) {
           acc[m][v] = Vec::Fma(Vec::FromInt(part[m][v]), scale[v], acc[m][v]);
         }
       }
-      panel += 2 * kPanel + kGroup / 4 / W::kParts * kPanel * W::kColumnBytes;
-      x += sizeof(QuantizedGroup);
+      panel = group;
+      x += sizeof(Quantized);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -204,27 +228,23 @@ void Tile(const MatmulArgs& args, const Place& place) {
 
 using TileFn = void (*)(const MatmulArgs&, const Place&);
 
-// Entry m - 1 of a table is the tile of m rows.
+// Entry m of a table is the tile of m + 1 rows.
+template <class W, int V, Epilogue E, class Rows>
+struct Table;
 template <class W, int V, Epilogue E, int... M>
-struct Table {
+struct Table<W, V, E, std::integer_sequence<int, M...>> {
   static constexpr int kMost = sizeof...(M);
-  static constexpr TileFn kTiles[] = {Tile<W, M, V, E>...};
+  static constexpr TileFn kTiles[] = {Tile<W, M + 1, V, E>...};
 };
-
-// Tables of as many rows as the registers of the set hold.
 template <class W, int V, Epilogue E, int kMost>
-using TableOf =
-    std::conditional_t<(kMost >= 12), Table<W, V, E, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>,
-                       std::conditional_t<(kMost >= 6), Table<W, V, E, 1, 2, 3, 4, 5, 6>,
-                                          std::conditional_t<(kMost >= 3), Table<W, V, E, 1, 2, 3>,
-                                                             Table<W, V, E, 1>>>>;
+using TableOf = Table<W, V, E, std::make_integer_sequence<int, kMost>>;
 
 template <class W, Epilogue E>
 void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
-  constexpr int kShare = W::kGrouped ? 2 : 1;  // sums of groups take as many registers again
-  using Full = TableOf<W, kPanelVecs, E, Vec::kFullRows / kShare>;
-  using Part = TableOf<W, Vec::kPartVecs, E, Vec::kPartRows / kShare>;
-  // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
+  constexpr bool kWhole = W::kScaleRows > 0;
+  using Full = TableOf<W, kPanelVecs, E, kWhole ? Vec::kFullWholeRows : Vec::kFullRows>;
+  using Part = TableOf<W, Vec::kPartVecs, E, kWhole ? Vec::kPartWholeRows : Vec::kPartRows>;
+  // Tiles of nearly equal height: 9 rows are 4 + 5, not 8 + 1.
   const int64_t tallest = Full::kMost >= args.rows ? Full::kMost : Part::kMost;
   const int64_t tiles = (args.rows + tallest - 1) / tallest;
   const int64_t panel_bytes = args.panel_bytes;
@@ -260,13 +280,13 @@ void MatmulOf(const MatmulArgs& args, int64_t begin, int64_t end) {
 }
 
 void Matmul(const MatmulArgs& args, int64_t begin, int64_t end) {
-  using Brain = std::conditional_t<Vec::kBrainPairs, BrainPairs<Vec>, BFloat16>;
   switch (args.type) {
     case WeightType::kFloat32: return MatmulOf<Float32>(args, begin, end);
     case WeightType::kBFloat16: return MatmulOf<Brain>(args, begin, end);
     case WeightType::kFloat16: return MatmulOf<Float16>(args, begin, end);
     case WeightType::kInt8: return MatmulOf<Int8>(args, begin, end);
     case WeightType::kInt4: return MatmulOf<Int4>(args, begin, end);
+    case WeightType::kInt8Groups: return MatmulOf<Int8Groups>(args, begin, end);
   }
 }
 
@@ -279,17 +299,18 @@ inline T LoadOfRow(const float* x, int64_t left) {
                         : Vec::Set(0.0f);
 }
 
-// The largest magnitude of kStepRun elements is 127 steps, unless it is next to nothing or 2^40 times
+// The largest magnitude of kRun elements is 127 steps, unless it is next to nothing or 2^40 times
 // smaller than one before: then the step is larger, so that sums in steps do not overflow. A row with an
 // infinity or NaN in it gives NaN.
+template <int64_t kRows>
 void QuantizeRow(const float* x, int64_t in, float zero_point, void* prepared) {
   const T zero = Vec::Set(0.0f);
   const T magic = Vec::Set(12582912.0f);  // rounds to whole numbers, see Exp
-  auto* group = static_cast<QuantizedGroup*>(prepared);
+  auto* quantized = static_cast<QuantizedPart<kRows>*>(prepared);
   T poison = zero;  // 0, or NaN
   float step = 1.0f, least = 1e-32f;
-  for (int64_t begin = 0; begin < in; begin += kStepRun) {
-    const int64_t end = Min(begin + kStepRun, in);
+  for (int64_t begin = 0; begin < in; begin += kRun) {
+    const int64_t end = Min(begin + kRun, in);
     T magnitudes = zero;
     for (int64_t i = begin; i < end; i += kWidth) {
       const T part = LoadOfRow(x + i, end - i);
@@ -301,21 +322,21 @@ void QuantizeRow(const float* x, int64_t in, float zero_point, void* prepared) {
     step = wanted > least ? wanted : least;
     if (least < step * 0x1p-40f) least = step * 0x1p-40f;
     const T inverse = Vec::Set(1.0f / step);
-    for (int64_t g = begin; g < end; g += kGroup, ++group) {
+    for (int64_t g = begin; g < end; g += kRows, ++quantized) {
       T sum = zero;
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kGroup; i += kWidth) {
+      for (int64_t i = 0; i < kRows; i += kWidth) {
         const T part = LoadOfRow(x + g + i, end - g - i);
         // The larger of NaN and a number is the number.
         const T q = Vec::Max(Vec::Sub(Vec::Fma(part, inverse, magic), magic), Vec::Set(-127.0f));
-        Vec::StoreInt8(group->q + i, q);
+        Vec::StoreInt8(quantized->q + i, q);
         sum = Vec::Add(sum, q);
       }
-      group->offset = static_cast<int32_t>(-zero_point * Vec::ReduceAdd(sum));
-      group->ratio = g == begin ? before / step : 1.0f;
+      quantized->offset = static_cast<int32_t>(-zero_point * Vec::ReduceAdd(sum));
+      quantized->ratio = g == begin ? before / step : 1.0f;
     }
   }
-  *reinterpret_cast<float*>(group) = step + Vec::ReduceAdd(poison);
+  *reinterpret_cast<float*>(quantized) = step + Vec::ReduceAdd(poison);
 }
 
 template <class V>
@@ -325,21 +346,35 @@ void PrepareBrain(const float* x, int64_t in, uint16_t* out) {
   if (i < in) V::StoreBrainPairs(out + i, V::LoadPart(x + i, static_cast<int>(in - i), 0.0f));
 }
 
+template <int64_t kRows>
+int64_t QuantizedBytes(int64_t in) {
+  return (in + kRows - 1) / kRows * static_cast<int64_t>(sizeof(QuantizedPart<kRows>)) +
+         static_cast<int64_t>(sizeof(float));
+}
+
 int64_t PreparedBytes(WeightType type, int64_t in) {
   int64_t bytes = 0;
-  if (type == WeightType::kBFloat16 && Vec::kBrainPairs) bytes = (in + 31) / 32 * 64;
-  if (type == WeightType::kInt8 || type == WeightType::kInt4) {
-    bytes = (in + kGroup - 1) / kGroup * static_cast<int64_t>(sizeof(QuantizedGroup)) +
-            static_cast<int64_t>(sizeof(float));
+  switch (type) {
+    case WeightType::kFloat32:
+    case WeightType::kFloat16: break;
+    case WeightType::kBFloat16: bytes = Vec::kBrainPairs ? (in + 31) / 32 * 64 : 0; break;
+    case WeightType::kInt8: bytes = QuantizedBytes<kRun>(in); break;
+    case WeightType::kInt4:
+    case WeightType::kInt8Groups: bytes = QuantizedBytes<kGroup>(in); break;
   }
   // An odd number of cache lines: rows 4096 bytes apart would share the same few sets of the cache.
   return bytes == 0 ? 0 : ((bytes + 63) / 64 | 1) * 64;
 }
 
 void Prepare(WeightType type, const float* x, int64_t in, void* prepared) {
-  if (type == WeightType::kBFloat16) {
-    if constexpr (Vec::kBrainPairs) PrepareBrain<Vec>(x, in, static_cast<uint16_t*>(prepared));
-    return;
+  switch (type) {
+    case WeightType::kFloat32:
+    case WeightType::kFloat16: return;
+    case WeightType::kBFloat16:
+      if constexpr (Vec::kBrainPairs) PrepareBrain<Vec>(x, in, static_cast<uint16_t*>(prepared));
+      return;
+    case WeightType::kInt8: return QuantizeRow<kRun>(x, in, 128.0f, prepared);
+    case WeightType::kInt4: return QuantizeRow<kGroup>(x, in, 8.0f, prepared);
+    case WeightType::kInt8Groups: return QuantizeRow<kGroup>(x, in, 128.0f, prepared);
   }
-  QuantizeRow(x, in, type == WeightType::kInt8 ? 128.0f : 8.0f, prepared);
 }

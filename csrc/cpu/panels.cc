@@ -17,12 +17,10 @@ struct Name {
 constexpr Name kNames[] = {
     {WeightType::kFloat32, "float32"}, {WeightType::kBFloat16, "bfloat16"},
     {WeightType::kFloat16, "float16"}, {WeightType::kInt8, "int8"},
-    {WeightType::kInt4, "int4"},
+    {WeightType::kInt4, "int4"},       {WeightType::kInt8Groups, "int8 in groups"},
 };
 
 constexpr int64_t kScaleBytes = kPanel * 2;
-constexpr int64_t kInt8Bytes = kScaleBytes + kGroup * kPanel;  // of a group
-constexpr int64_t kInt4Bytes = kScaleBytes + kGroup * kPanel / 2;
 
 // Where row k of column c lies in a panel of pairs, and in the bytes of a group.
 int64_t PairAt(int64_t k, int64_t c) { return (k / 2 * kPanel + c) * 2 + k % 2; }
@@ -30,7 +28,13 @@ int64_t Int8At(int64_t k, int64_t c) { return (k / 4 * kPanel + c) * 4 + k % 4; 
 int64_t Int4At(int64_t k, int64_t c) { return (k / 8 * kPanel + c) * 4 + k % 4; }
 bool InHighHalf(int64_t k) { return k % 8 >= 4; }
 
-int64_t Groups(int64_t in) { return (in + kGroup - 1) / kGroup; }
+bool IsInt4(WeightType type) { return type == WeightType::kInt4; }
+
+// Of `count` rows that share their scales, in whole groups.
+int64_t ScaledBytes(WeightType type, int64_t count) {
+  const int64_t values = (count + kGroup - 1) / kGroup * kGroup * kPanel;
+  return kScaleBytes + (IsInt4(type) ? values / 2 : values);
+}
 
 // Loops below go over the columns of a group inside, so that the compiler makes vectors of them.
 using Columns = float[kPanel];
@@ -91,14 +95,15 @@ void Int4Scales(const float* rows, int64_t count, const Columns& largest, Column
 
 void PackGroup(WeightType type, const float* rows, int64_t count, const uint16_t* given,
                uint8_t* to) {
-  const bool wide = type == WeightType::kInt8;
+  const bool wide = !IsInt4(type);
   uint16_t scales[kPanel];
   if (!given) FindScales(type, rows, count, scales);
   std::memcpy(to, given ? given : scales, kScaleBytes);
-  int8_t whole[kGroup * kPanel];
+  int8_t whole[kRun * kPanel];
   Quantize(type, rows, count, given ? given : scales, whole);
   uint8_t* const values = to + kScaleBytes;
-  std::memset(values, wide ? 0x80 : 0x88, static_cast<size_t>(kGroup * kPanel / (wide ? 1 : 2)));
+  std::memset(values, wide ? 0x80 : 0x88,
+              static_cast<size_t>(ScaledBytes(type, count) - kScaleBytes));
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t c = 0; c < kPanel; ++c) {
       const int q = whole[k * kPanel + c];
@@ -117,7 +122,7 @@ void PackGroup(WeightType type, const float* rows, int64_t count, const uint16_t
 
 bool ParseWeightType(const char* name, WeightType* type) {
   for (const Name& known : kNames) {
-    if (std::strcmp(name, known.name) != 0) continue;
+    if (known.type == WeightType::kInt8Groups || std::strcmp(name, known.name) != 0) continue;
     *type = known.type;
     return true;
   }
@@ -136,19 +141,21 @@ int64_t PanelBytes(WeightType type, int64_t in) {
     case WeightType::kFloat32: return in * kPanel * 4;
     case WeightType::kBFloat16: return (in + 1) / 2 * kPanel * 4;
     case WeightType::kFloat16: return in * kPanel * 2;
-    case WeightType::kInt8: return Groups(in) * kInt8Bytes;
-    case WeightType::kInt4: return Groups(in) * kInt4Bytes;
+    case WeightType::kInt8:
+    case WeightType::kInt4:
+    case WeightType::kInt8Groups: break;
   }
-  return 0;
+  const int64_t most = ScaleRows(type), rest = in % most;
+  return in / most * ScaledBytes(type, most) + (rest > 0 ? ScaledBytes(type, rest) : 0);
 }
 
 void FindScales(WeightType type, const float* rows, int64_t count, uint16_t* scales) {
   Columns largest, found;
   LargestOf(rows, count, largest);
-  if (type == WeightType::kInt8) {
-    Int8Scales(largest, found);
-  } else {
+  if (IsInt4(type)) {
     Int4Scales(rows, count, largest, found);
+  } else {
+    Int8Scales(largest, found);
   }
   for (int64_t c = 0; c < kPanel; ++c) scales[c] = base::FloatToHalf(found[c]);
 }
@@ -158,8 +165,8 @@ void FindScales(WeightType type, const float* rows, int64_t count, uint16_t* sca
 // no exception, float32 has their inverses; a scale of 0 has nothing but zeros.
 void Quantize(WeightType type, const float* rows, int64_t count, const uint16_t* scales,
               int8_t* values) {
-  const float least = type == WeightType::kInt8 ? -127.0f : -8.0f;
-  const float most = type == WeightType::kInt8 ? 127.0f : 7.0f;
+  const float least = IsInt4(type) ? -8.0f : -127.0f;
+  const float most = IsInt4(type) ? 7.0f : 127.0f;
   Columns inverse;
   for (int64_t c = 0; c < kPanel; ++c) {
     const float step = base::HalfToFloat(scales[c]);
@@ -193,13 +200,14 @@ void PackPanel(WeightType type, const float* weights, int64_t in, void* panel,
       return;
     case WeightType::kInt8:
     case WeightType::kInt4:
-      for (int64_t k = 0; k < in; k += kGroup) {
-        const bool wide = type == WeightType::kInt8;
-        PackGroup(type, weights + k * kPanel, std::min(kGroup, in - k),
-                  scales ? scales + k / kGroup * kPanel : nullptr,
-                  static_cast<uint8_t*>(panel) + k / kGroup * (wide ? kInt8Bytes : kInt4Bytes));
-      }
-      return;
+    case WeightType::kInt8Groups: break;
+  }
+  auto* to = static_cast<uint8_t*>(panel);
+  for (int64_t k = 0; k < in; k += ScaleRows(type)) {
+    const int64_t count = std::min(ScaleRows(type), in - k);
+    PackGroup(type, weights + k * kPanel, count, scales ? scales + k / kGroup * kPanel : nullptr,
+              to);
+    to += ScaledBytes(type, count);
   }
 }
 
@@ -216,20 +224,22 @@ void ReadColumn(WeightType type, const void* panel, int64_t in, int64_t c, float
       for (int64_t k = 0; k < in; ++k) out[k] = base::HalfToFloat(halves[k * kPanel + c]);
       return;
     case WeightType::kInt8:
-    case WeightType::kInt4: break;
+    case WeightType::kInt4:
+    case WeightType::kInt8Groups: break;
   }
-  const bool wide = type == WeightType::kInt8;
   const auto* group = static_cast<const uint8_t*>(panel);
-  for (int64_t begin = 0; begin < in; begin += kGroup, group += wide ? kInt8Bytes : kInt4Bytes) {
+  for (int64_t begin = 0; begin < in; begin += ScaleRows(type)) {
+    const int64_t count = std::min(ScaleRows(type), in - begin);
     uint16_t half;
     std::memcpy(&half, group + 2 * c, sizeof(half));
     const float scale = base::HalfToFloat(half);
     const uint8_t* const values = group + kScaleBytes;
-    for (int64_t k = 0; k < std::min(kGroup, in - begin); ++k) {
-      const int q = wide ? values[Int8At(k, c)] - 128
-                         : (values[Int4At(k, c)] >> (InHighHalf(k) ? 4 : 0) & 15) - 8;
+    for (int64_t k = 0; k < count; ++k) {
+      const int q = IsInt4(type) ? (values[Int4At(k, c)] >> (InHighHalf(k) ? 4 : 0) & 15) - 8
+                                 : values[Int8At(k, c)] - 128;
       out[begin + k] = scale * static_cast<float>(q);
     }
+    group += ScaledBytes(type, count);
   }
 }
 

@@ -12,18 +12,13 @@ namespace {  // what is not inlined must not be a symbol that another set could 
 struct Vec {
   using T = __m256;
   static constexpr int kWidth = 8;
-  static constexpr int kFullRows = 3;
-  static constexpr int kPartRows = 6;
+  static constexpr int kFullRows = 3, kPartRows = 6;
+  static constexpr int kFullWholeRows = 1, kPartWholeRows = 3;
   static constexpr int kPartVecs = 2;
 
   static T Load(const float* p) { return _mm256_loadu_ps(p); }
   static T LoadHalf(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static T LoadBrain(const uint16_t* p) {
-    const __m256i wide =
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static T LoadInt8(const int8_t* p) {
     return _mm256_cvtepi32_ps(
@@ -33,6 +28,7 @@ struct Vec {
   // Whole numbers: 32 bits a lane, or four bytes a lane.
   using I = __m256i;
   static I LoadInt(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static void StoreInt(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I ZeroInt() { return _mm256_setzero_si256(); }
   static I SetInt(const char* p) {
     int32_t x;
@@ -45,6 +41,8 @@ struct Vec {
   static T HighBrain(I v) {
     return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
   }
+  // The first of them beside a zero.
+  static I FirstBrain(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(0xffff)); }
   static constexpr bool kBrainPairs = false;
   static I LowNibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   static I HighNibbles(I v) { return LowNibbles(_mm256_srli_epi16(v, 4)); }
@@ -116,22 +114,25 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void StoreBrain(uint16_t* p, T v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i rounded =
-        _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0),
-                           _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(p),
-        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+  // Both as bfloat16, to nearest and ties to even: two in a lane.
+  static I BrainPair(T low, T high) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(Brain(low), 16), Brain(high), 0xaa);
   }
   static void StoreInt8(int8_t* p, T v) {
     const __m256i whole = _mm256_cvtps_epi32(v);
     const __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
+ private:
+  // Its bfloat16 in the upper half of each lane.
+  static I Brain(T v) {
+    const I bits = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   }
 };
 

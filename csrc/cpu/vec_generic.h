@@ -11,9 +11,9 @@ struct Vec {
   typedef float T __attribute__((vector_size(16), may_alias, aligned(4)));
   static constexpr int kWidth = 4;
   // Rows a tile of the whole panel may have, and rows a tile of kPartVecs vectors may have, within
-  // 16 registers.
-  static constexpr int kFullRows = 1;
-  static constexpr int kPartRows = 6;
+  // 16 registers; and the same where whole numbers are summed, which take as many registers again.
+  static constexpr int kFullRows = 1, kPartRows = 6;
+  static constexpr int kFullWholeRows = 1, kPartWholeRows = 3;
   static constexpr int kPartVecs = 2;
 
   static T Load(const float* p) { return *reinterpret_cast<const T*>(p); }
@@ -22,11 +22,6 @@ struct Vec {
     float f;
     std::memcpy(&f, &bits, sizeof f);
     return f;
-  }
-  static T LoadBrain(const uint16_t* p) {
-    T v;
-    for (int i = 0; i < kWidth; ++i) v[i] = FromBits(static_cast<uint32_t>(p[i]) << 16);
-    return v;
   }
   static T LoadInt8(const int8_t* p) {
     T v;
@@ -37,6 +32,7 @@ struct Vec {
   // Whole numbers: 32 bits a lane, or four bytes a lane.
   typedef int32_t I __attribute__((vector_size(16), may_alias, aligned(1)));
   static I LoadInt(const char* p) { return *reinterpret_cast<const I*>(p); }
+  static void StoreInt(void* p, I v) { *static_cast<I*>(p) = v; }
   static I ZeroInt() { return I{0, 0, 0, 0}; }
   static I SetInt(const char* p) {
     int32_t x;
@@ -60,6 +56,8 @@ struct Vec {
   // The two bfloat16 of a lane.
   static T LowBrain(I v) { return reinterpret_cast<T>(v << 16); }
   static T HighBrain(I v) { return reinterpret_cast<T>(v & SetAll(-65536)); }
+  // The first of them beside a zero.
+  static I FirstBrain(I v) { return v & SetAll(0xffff); }
   static constexpr bool kBrainPairs = false;
   static I LowNibbles(I v) { return v & SetAll(0x0f0f0f0f); }
   static I HighNibbles(I v) { return (v >> 4) & SetAll(0x0f0f0f0f); }
@@ -150,14 +148,9 @@ struct Vec {
   static void StoreHalf(uint16_t* p, T v) {
     for (int i = 0; i < kWidth; ++i) p[i] = ToHalf(v[i]);
   }
-  static void StoreBrain(uint16_t* p, T v) {
-    for (int i = 0; i < kWidth; ++i) {
-      const float value = v[i];
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      p[i] = value != value ? uint16_t{0x7fc0}
-                            : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-    }
+  // Both as bfloat16, to nearest and ties to even: two in a lane.
+  static I BrainPair(T low, T high) {
+    return (Brain(low) >> 16 & SetAll(0xffff)) | (Brain(high) & SetAll(-65536));
   }
   // Whole numbers in [-128, 127].
   static void StoreInt8(int8_t* p, T v) {
@@ -166,6 +159,18 @@ struct Vec {
 
  private:
   static I SetAll(int32_t x) { return I{x, x, x, x}; }
+  // Its bfloat16 in the upper half of each lane.
+  static I Brain(T v) {
+    I rounded;
+    for (int i = 0; i < kWidth; ++i) {
+      const float value = v[i];
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      bits = value != value ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1u);
+      std::memcpy(reinterpret_cast<char*>(&rounded) + sizeof bits * i, &bits, sizeof bits);
+    }
+    return rounded;
+  }
 };
 
 }  // namespace

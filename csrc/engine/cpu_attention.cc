@@ -15,14 +15,14 @@ constexpr int64_t kTasksPerThread = 3;
 
 }  // namespace
 
-void CpuDevice::ExpectCache() {
+void CpuDevice::ExpectCache(int64_t rows) {
   for (Pending& head : pending_columns_) {
-    head.count.store(2 * config_.head_size(), std::memory_order_relaxed);
+    head.count.store(2 * config_.head_size() * rows, std::memory_order_relaxed);
   }
 }
 
-void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first,
-                           int64_t last) {
+void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last,
+                           int64_t row, int64_t next_row) {
   const int64_t h = config_.hidden_size;
   const int64_t d = config_.head_size();
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
@@ -31,12 +31,12 @@ void CpuDevice::WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t 
     const int64_t end = std::min(last, begin / d * d + d);
     const auto head = static_cast<int32_t>(begin % h / d);
     if (begin < h) {
-      for (size_t r = 0; r < rows.size(); ++r) {
-        float* const query = qkv_.floats() + static_cast<int64_t>(r) * qkv_stride_;
+      for (int64_t r = row; r < next_row; ++r) {
+        float* const query = qkv_.floats() + r * qkv_stride_;
         for (int64_t i = begin; i < end; ++i) query[i] *= scale;
       }
-    } else if (pending_columns_[head].count.fetch_sub(end - begin, std::memory_order_acq_rel) ==
-               end - begin) {
+    } else if (const int64_t there = (end - begin) * (next_row - row);
+               pending_columns_[head].count.fetch_sub(there, std::memory_order_acq_rel) == there) {
       for (size_t r = 0; r < rows.size();) {
         // A run of positions within a block of a sequence.
         const int32_t position = rows[r].position;

@@ -21,6 +21,9 @@ namespace {
 constexpr int64_t kMadeByEveryThread = 16;
 constexpr size_t kLogitsRows = 12;  // rows of logits at a time where the caller wants them all
 constexpr int64_t kMostRows = 512;  // rows of a prefill pass: bounds the work space
+// Rows of a task of a product, about: few enough that a core's second-level cache keeps them while panels
+// pass, and that the last tasks of a region are short.
+constexpr int64_t kTaskRows = 128;
 
 // A row is padded to whole panels, and by one more cache line: rows whose distance is a multiple
 // of 4096 bytes would share the same few sets of the first-level cache.
@@ -34,9 +37,21 @@ cpu::WeightType WeightTypeOf(const std::string& name) {
                                              "bfloat16, int8, int4");
 }
 
-cpu::CacheType CacheTypeOf(const std::string& name) {
+// Unless it is named: as exact as the weights. Where those are whole numbers, bfloat16 loses far less
+// than they do, and sets that multiply pairs take it as it is.
+cpu::CacheType CacheTypeOf(const std::string& name, const std::string& weight_dtype) {
+  if (name.empty()) {
+    switch (WeightTypeOf(weight_dtype)) {
+      case cpu::WeightType::kFloat32: return cpu::CacheType::kFloat32;
+      case cpu::WeightType::kFloat16: return cpu::CacheType::kFloat16;
+      case cpu::WeightType::kBFloat16:
+      case cpu::WeightType::kInt8:
+      case cpu::WeightType::kInt4:
+      case cpu::WeightType::kInt8Groups: return cpu::CacheType::kBFloat16;
+    }
+  }
   cpu::CacheType type = cpu::CacheType::kFloat32;
-  if (name.empty() || cpu::ParseCacheType(name.c_str(), &type)) return type;
+  if (cpu::ParseCacheType(name.c_str(), &type)) return type;
   throw base::Error(FASTGEN_UNSUPPORTED, "cache_dtype=" + name +
                                              " is not one that device=cpu has: float32, float16, "
                                              "bfloat16, int8");
@@ -48,7 +63,7 @@ CpuDevice::CpuDevice(const ModelConfig& config, WeightSource& weights, const Dev
     : config_(config),
       kernels_(cpu::ChooseKernels(options.isa)),
       pool_(cpu::ResolveThreads(options.num_threads)),
-      cache_(config, CacheTypeOf(options.cache_dtype)),
+      cache_(config, CacheTypeOf(options.cache_dtype, options.weight_dtype)),
       weights_(config, weights, WeightTypeOf(options.weight_dtype), pool_, options.progress),
       hidden_stride_(RowStride(config.hidden_size)),
       qkv_stride_(RowStride(3 * static_cast<int64_t>(config.hidden_size))),
@@ -210,7 +225,8 @@ struct CpuDevice::Product {
   const float* norm_bias = nullptr;
 };
 
-// y = epilogue(x W + b); `done(first, last)` runs after the columns [first, last) on their thread.
+// y = epilogue(x W + b); `done(first, last, row, next)` runs after the columns [first, last) of the rows
+// [row, next), on their thread.
 template <typename Done>
 void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done) {
   const Timed timed(times_, product.region);
@@ -256,7 +272,9 @@ void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done)
     args.x = made_.data();
   }
   const uint64_t id = ++products_;
-  pool_.Run(matrix.num_panels(), 1, [&](int64_t begin, int64_t end, int thread) {
+  const int64_t panels = matrix.num_panels();
+  const int64_t blocks = (rows + kTaskRows - 1) / kTaskRows;
+  pool_.Run(panels * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
     cpu::MatmulArgs mine = args;
     if (make_here) {
       Scratch& scratch = scratch_[thread];
@@ -268,13 +286,25 @@ void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done)
       }
       mine.x = scratch.made.data();
     }
-    kernels_.matmul(mine, begin, end);
-    done(begin * kPanel, std::min(end * kPanel, matrix.out));
+    const char* const x = static_cast<const char*>(mine.x);
+    // Panels of a block of rows, then those of the next.
+    while (begin < end) {
+      const int64_t block = begin / panels;
+      const int64_t last = std::min(end, (block + 1) * panels);
+      const int64_t row = rows * block / blocks, next = rows * (block + 1) / blocks;
+      mine.x = x + row * mine.x_stride;
+      mine.y = args.y + row * mine.ldy;
+      mine.rows = next - row;
+      kernels_.matmul(mine, begin - block * panels, last - block * panels);
+      done((begin - block * panels) * kPanel,
+           std::min((last - block * panels) * kPanel, matrix.out), row, next);
+      begin = last;
+    }
   });
 }
 
 void CpuDevice::Multiply(const Product& product, int64_t rows) {
-  Multiply(product, rows, [](int64_t, int64_t) {});
+  Multiply(product, rows, [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
 void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
@@ -282,10 +312,12 @@ void CpuDevice::RunLayer(int32_t index, const std::vector<Row>& rows) {
   const PackedLayer& layer = weights_.layers()[index];
   float* hidden = hidden_.floats();
   using cpu::Epilogue;
-  ExpectCache();
+  ExpectCache(count);
   Multiply({Region::kQkv, layer.qkv, hidden, hidden_stride_, qkv_.floats(), qkv_stride_,
             Epilogue::kStore, layer.norm1_weight, layer.norm1_bias},
-           count, [&](int64_t first, int64_t last) { WriteCache(index, rows, first, last); });
+           count, [&](int64_t first, int64_t last, int64_t row, int64_t next) {
+             WriteCache(index, rows, first, last, row, next);
+           });
   {
     const Timed timed(times_, Region::kAttention);
     Attend(index, rows);

@@ -86,12 +86,13 @@ class CpuDevice : public Device {
   template <typename Done>
   void Multiply(const Product& product, int64_t rows, const Done& done);
   void Multiply(const Product& product, int64_t rows);
-  // Before the product whose columns WriteCache() is told of.
-  void ExpectCache();
-  // Takes columns of the fused product to where attention wants them: queries are scaled in place; a
-  // head's keys and values go to the cache once all of them are there, because some types of it have a
-  // scale for the whole.
-  void WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last);
+  // Before the product whose columns, of that many rows, WriteCache() is told of.
+  void ExpectCache(int64_t rows);
+  // Takes columns [first, last) of rows [row, next) of the fused product to where attention wants them:
+  // queries are scaled in place; a head's keys and values of all rows go to the cache once all of them are
+  // there, because some types of it have a scale for the whole.
+  void WriteCache(int32_t layer, const std::vector<Row>& rows, int64_t first, int64_t last,
+                  int64_t row, int64_t next);
   // Shares attention of these rows out: into tiles, and into spans where tiles are too few.
   void PlanAttention(const std::vector<Row>& rows);
   void Attend(int32_t layer, const std::vector<Row>& rows);
@@ -130,7 +131,7 @@ class CpuDevice : public Device {
     std::atomic<int64_t> count{0};
   };
   std::vector<Pending> pending_spans_;    // [heads, tiles] that are still to be done
-  std::vector<Pending> pending_columns_;  // [heads] of keys and values
+  std::vector<Pending> pending_columns_;  // [heads] of keys and values, of all rows
 
   struct Scratch {
     std::vector<float> normed;  // [hidden_stride], of the row that is being prepared

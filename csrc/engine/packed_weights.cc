@@ -11,10 +11,24 @@ namespace fastgen::engine {
 using cpu::kPanel;
 
 static_assert(cpu::kGroup == io::kScaleGroup, "scales of files are those of panels");
+static_assert(cpu::kRun == io::kScaleRun, "and so are runs of int8");
 
 namespace {
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// int8 as its scales allow: those that a file has are kept, found again they might be others.
+cpu::WeightType PackedType(cpu::WeightType type, const char* scales, bool in_runs) {
+  const bool groups = type == cpu::WeightType::kInt8 && scales == std::string("int8") && !in_runs;
+  return groups ? cpu::WeightType::kInt8Groups : type;
+}
+
+// Whether a file has the scales of a type of panels.
+bool HasScales(const char* scales, cpu::WeightType type) {
+  return scales == std::string(type == cpu::WeightType::kInt4 ? "int4" : "int8") &&
+         (type == cpu::WeightType::kInt4 || type == cpu::WeightType::kInt8 ||
+          type == cpu::WeightType::kInt8Groups);
+}
 
 // A stored matrix and the first column that it takes in the packed one.
 struct ColumnsOf {
@@ -59,7 +73,11 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
   const int64_t wide = config.intermediate_size;
   layers_.resize(config.num_layers);
   // With 4 bits the ends keep 8: they are what perplexity suffers from, and a small part of a network.
-  const cpu::WeightType end_type = type == cpu::WeightType::kInt4 ? cpu::WeightType::kInt8 : type;
+  const cpu::WeightType end_type =
+      PackedType(type == cpu::WeightType::kInt4 ? cpu::WeightType::kInt8 : type,
+                 source.table_scales(), source.table_scales_in_runs());
+  const cpu::WeightType layer_type =
+      PackedType(type, source.matrix_scales(), source.matrix_scales_in_runs());
   Carver carver;
   auto carve = [&] {
     carver.used = 0;
@@ -68,7 +86,7 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     embedding_ =
         source.head_is_tied() ? PackedMatrix() : carver.TakeMatrix(h, config.vocab_size, false);
     const int64_t step_begin = carver.used;
-    carver.type = type;
+    carver.type = layer_type;
     for (PackedLayer& layer : layers_) {
       layer.norm1_weight = carver.Take(h);
       layer.norm1_bias = carver.Take(h);
@@ -125,8 +143,7 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
     auto pack = [&](const PackedMatrix& matrix, const std::vector<ColumnsOf>& parts) {
       // float32 is read to where it stays, other types by way of a panel of float32.
       const bool direct = matrix.type == cpu::WeightType::kFloat32;
-      // Scales that a file has are kept: found again they might be others.
-      const bool carried = source.matrix_scales() == std::string(cpu::WeightTypeName(matrix.type));
+      const bool carried = HasScales(source.matrix_scales(), matrix.type);
       std::vector<std::vector<float>> scratch(pool.threads());
       std::vector<std::vector<uint16_t>> scratch_scales(pool.threads());
       for (auto& floats : scratch) floats.resize(direct ? 0 : matrix.in * kPanel);
@@ -181,7 +198,7 @@ void PackedWeights::PackRows(const PackedMatrix& matrix, WeightSource& source,
   // A cache line more than a row: rows 4096 bytes apart would share a few sets of the first cache.
   const int64_t stride = matrix.in + 16;
   const bool direct = matrix.type == cpu::WeightType::kFloat32;
-  const bool carried = source.table_scales() == std::string(cpu::WeightTypeName(matrix.type));
+  const bool carried = HasScales(source.table_scales(), matrix.type);
   const int64_t groups = io::ScaleGroups(matrix.in);
   std::vector<std::vector<float>> scratch(pool.threads());
   for (auto& rows : scratch) rows.resize(stride * kPanel + (direct ? 0 : matrix.in * kPanel));

@@ -12,13 +12,14 @@ namespace {
 
 using cpu::kGroup;
 using cpu::kPanel;
+using cpu::kRun;
 using cpu::WeightType;
 
-// A group of inputs of a panel's outputs, [inputs, kPanel].
+// Inputs of a panel's outputs that share their scales, [inputs, kPanel].
 struct Block {
-  float weights[kGroup * kPanel];
+  float weights[kRun * kPanel];
   uint16_t scales[kPanel];
-  int8_t whole[kGroup * kPanel];
+  int8_t whole[kRun * kPanel];
 };
 
 void To16Bits(const io::TensorView& tensor, WeightType type, int64_t row, uint16_t* out) {
@@ -39,10 +40,10 @@ void QuantizeOutputs(const io::TensorView& table, int64_t first, int64_t last, i
                      uint16_t* scales) {
   const int64_t in = table.shape[1], groups = io::ScaleGroups(in), count = last - first;
   Block block;
-  float row[kGroup];
-  for (int64_t begin = 0; begin < in; begin += kGroup) {
-    const int64_t inputs = std::min(kGroup, in - begin);
-    std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
+  float row[kRun];
+  for (int64_t begin = 0; begin < in; begin += kRun) {
+    const int64_t inputs = std::min(kRun, in - begin);
+    std::fill(block.weights, block.weights + kRun * kPanel, 0.0f);
     for (int64_t c = 0; c < count; ++c) {
       io::ToFloat32(table.dtype, table.At(first + c, begin), inputs, row);
       for (int64_t k = 0; k < inputs; ++k) block.weights[k * kPanel + c] = row[k];
@@ -50,28 +51,32 @@ void QuantizeOutputs(const io::TensorView& table, int64_t first, int64_t last, i
     cpu::FindScales(WeightType::kInt8, block.weights, inputs, block.scales);
     cpu::Quantize(WeightType::kInt8, block.weights, inputs, block.scales, block.whole);
     for (int64_t c = 0; c < count; ++c) {
-      scales[(first + c) * groups + begin / kGroup] = block.scales[c];
+      uint16_t* const to_scales = scales + (first + c) * groups;
+      std::fill(to_scales + begin / kGroup, to_scales + io::ScaleGroups(begin + inputs),
+                block.scales[c]);
       int8_t* const to = values + (first + c) * in + begin;
       for (int64_t k = 0; k < inputs; ++k) to[k] = block.whole[k * kPanel + c];
     }
   }
 }
 
-// A group of inputs of all outputs of a matrix [in, out].
-void QuantizeInputs(const io::TensorView& matrix, WeightType type, int64_t group, void* values,
+// Inputs of all outputs of a matrix [in, out], from `begin` on, that share their scales.
+void QuantizeInputs(const io::TensorView& matrix, WeightType type, int64_t begin, void* values,
                     uint16_t* scales) {
-  const int64_t in = matrix.shape[0], out = matrix.shape[1], begin = group * kGroup;
-  const int64_t inputs = std::min(kGroup, in - begin);
+  const int64_t in = matrix.shape[0], out = matrix.shape[1];
+  const int64_t inputs = std::min(cpu::ScaleRows(type), in - begin);
   Block block;
   for (int64_t first = 0; first < out; first += kPanel) {
     const int64_t count = std::min(kPanel, out - first);
-    std::fill(block.weights, block.weights + kGroup * kPanel, 0.0f);
+    std::fill(block.weights, block.weights + kRun * kPanel, 0.0f);
     for (int64_t k = 0; k < inputs; ++k) {
       io::ToFloat32(matrix.dtype, matrix.At(begin + k, first), count, block.weights + k * kPanel);
     }
     cpu::FindScales(type, block.weights, inputs, block.scales);
     cpu::Quantize(type, block.weights, inputs, block.scales, block.whole);
-    std::copy(block.scales, block.scales + count, scales + group * out + first);
+    for (int64_t group = begin / kGroup; group < io::ScaleGroups(begin + inputs); ++group) {
+      std::copy(block.scales, block.scales + count, scales + group * out + first);
+    }
     for (int64_t k = 0; k < inputs; ++k) {
       const int8_t* const whole = block.whole + k * kPanel;
       if (type == WeightType::kInt8) {
@@ -108,9 +113,10 @@ void QuantizeMatrix(const io::TensorView& tensor, bool is_table, WeightType type
       }
     });
   } else {
-    pool.Run(io::ScaleGroups(rows), 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t group = begin; group < end; ++group) {
-        QuantizeInputs(tensor, type, group, values, scales);
+    const int64_t inputs = cpu::ScaleRows(type);
+    pool.Run((rows + inputs - 1) / inputs, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t part = begin; part < end; ++part) {
+        QuantizeInputs(tensor, type, part * inputs, values, scales);
       }
     });
   }

@@ -380,6 +380,20 @@ const char* WeightSource::matrix_scales() const {
 
 const char* WeightSource::table_scales() const { return embedding_.scales ? "int8" : ""; }
 
+bool WeightSource::matrix_scales_in_runs() const {
+  for (const Layer& layer : layers_) {
+    for (const Part& part : layer.matrices) {
+      if (part.scales == nullptr || !io::ScalesInRuns(*part.scales, false)) return false;
+    }
+  }
+  return true;
+}
+
+bool WeightSource::table_scales_in_runs() const {
+  return embedding_.scales != nullptr && io::ScalesInRuns(*embedding_.scales, true) &&
+         (head_is_tied() || (head_.scales != nullptr && io::ScalesInRuns(*head_.scales, true)));
+}
+
 void WeightSource::ReadColumnScales(int32_t layer, Matrix which, int64_t begin, int64_t end,
                                     uint16_t* out, int64_t ld) const {
   const Part& part = matrix(layer, which);

@@ -78,6 +78,9 @@ class WeightSource {
   // or "int4"; else "". Only then may scales be read.
   const char* matrix_scales() const;
   const char* table_scales() const;
+  // Whether all of those have one scale for every io::kScaleRun inputs; reads them.
+  bool matrix_scales_in_runs() const;
+  bool table_scales_in_runs() const;
   // The float16 scales of columns [begin, end) of a matrix: out[group * ld + (column - begin)]; and of
   // rows [begin, end) of the embedding and the head, [end - begin, io::ScaleGroups(hidden)].
   void ReadColumnScales(int32_t layer, Matrix which, int64_t begin, int64_t end, uint16_t* out,

@@ -44,4 +44,23 @@ void CopyScales(const TensorView& scales, int64_t row, int64_t column, int64_t c
   std::memcpy(out, scales.At(row, column), static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
+bool ScalesInRuns(const TensorView& scales, bool of_table) {
+  constexpr int64_t kGroups = kScaleRun / kScaleGroup;
+  const int64_t rows = scales.shape[0], columns = scales.shape[1];
+  const auto bytes = static_cast<size_t>(columns) * sizeof(uint16_t);
+  std::vector<uint16_t> row(static_cast<size_t>(columns));
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!of_table) {
+      if (std::memcmp(scales.At(r, 0), scales.At(r / kGroups * kGroups, 0), bytes) != 0)
+        return false;
+      continue;
+    }
+    CopyScales(scales, r, 0, columns, row.data());
+    for (int64_t group = 0; group < columns; ++group) {
+      if (row[group] != row[group / kGroups * kGroups]) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace fastgen::io

@@ -7,6 +7,7 @@
 //   `name`.int4    [(in + 1) / 2, out]: input 2 k in the low and 2 k + 1 in the high half of a byte, each
 //                  as q + 8; past the last input anything
 //   `name`.scales  [groups, out] or [out, groups]
+// int8 that fastgen makes has one scale for every kScaleRun inputs, which stands there for each of their groups.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 namespace fastgen::io {
 
 constexpr int64_t kScaleGroup = 32;
+constexpr int64_t kScaleRun = 128;
 constexpr char kInt8Suffix[] = ".int8";
 constexpr char kInt4Suffix[] = ".int4";
 constexpr char kScalesSuffix[] = ".scales";
@@ -35,5 +37,8 @@ void DequantizeOutput(const TensorView& values, const TensorView& scales, int64_
 // `count` elements of row `row` of a tensor of scales from `column` on.
 void CopyScales(const TensorView& scales, int64_t row, int64_t column, int64_t count,
                 uint16_t* out);
+
+// Whether all groups of every run have the same scale, bit for bit; `of_table`: [out, groups].
+bool ScalesInRuns(const TensorView& scales, bool of_table);
 
 }  // namespace fastgen::io

@@ -52,7 +52,9 @@ TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
         const int64_t element = type == cpu::CacheType::kFloat32 ? 4 : 2;
         const int64_t bytes = type == cpu::CacheType::kInt8 ? 1 : element;
         const int64_t scales = type == cpu::CacheType::kInt8 ? 2 * cpu::kBlock * 4 : 0;
-        const int64_t elements = cpu::kBlock * (head_size + head.value_stride);
+        const int64_t padded =
+            type == cpu::CacheType::kBFloat16 ? (head_size + 1) / 2 * 2 : head_size;
+        const int64_t elements = cpu::kBlock * (padded + head.value_stride);
         ASSERT_EQ(pool.block_bytes(), kLayers * kHeads * (elements * bytes + scales));
         std::vector<char> block(static_cast<size_t>(pool.block_bytes()), 0);
         std::vector<float> row(static_cast<size_t>(head_size), 1.0f);
@@ -69,9 +71,13 @@ TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
               }
             }
             for (int64_t at = 0; at < cpu::kBlock; ++at) {  // what is behind a row stays zero
-              const char* const values = area + head.values_at + at * head.value_stride * bytes;
-              for (int64_t i = head_size * bytes; i < head.value_stride * bytes; ++i) {
-                ASSERT_EQ(values[i], 0);
+              for (int64_t i = head_size; i < head.value_stride; ++i) {
+                const char* const value = area + head.values_at + cpu::ValueAt(head, i, at) * bytes;
+                ASSERT_TRUE(std::all_of(value, value + bytes, [](char c) { return c == 0; }));
+              }
+              for (int64_t i = head_size; i < padded; ++i) {
+                const char* const key = area + cpu::KeyAt(head, i, at) * bytes;
+                ASSERT_TRUE(std::all_of(key, key + bytes, [](char c) { return c == 0; }));
               }
             }
           }
@@ -136,7 +142,8 @@ TEST(BlockPool, RoundsAsItSays) {
       for (int64_t i = 0; i < n; ++i) {
         const uint16_t expected = brain ? base::FloatToBrain(row[i]) : base::FloatToHalf(row[i]);
         const float as_float = brain ? base::BrainToFloat(expected) : base::HalfToFloat(expected);
-        for (const uint16_t got : {keys[i * cpu::kBlock + 5], values[5 * head.value_stride + i]}) {
+        for (const uint16_t got :
+             {keys[cpu::KeyAt(head, i, 5)], values[cpu::ValueAt(head, i, 5)]}) {
           const float actual = brain ? base::BrainToFloat(got) : base::HalfToFloat(got);
           EXPECT_EQ(actual, as_float) << kernels->name << " " << row[i];
         }
@@ -173,7 +180,7 @@ TEST(BlockPool, RoundsAsItSays) {
           std::memcpy(&got, area.data() + head.scales_at, sizeof got);
         } else {
           uint16_t bits;
-          std::memcpy(&bits, area.data() + cpu::kBlock * 2, sizeof bits);
+          std::memcpy(&bits, area.data() + cpu::KeyAt(head, 1, 0) * 2, sizeof bits);
           got =
               type == cpu::CacheType::kFloat16 ? base::HalfToFloat(bits) : base::BrainToFloat(bits);
         }

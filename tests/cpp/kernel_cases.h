@@ -13,7 +13,8 @@
 namespace fastgen::cpu {
 
 constexpr WeightType kWeightTypes[] = {WeightType::kFloat32, WeightType::kBFloat16,
-                                       WeightType::kFloat16, WeightType::kInt8, WeightType::kInt4};
+                                       WeightType::kFloat16, WeightType::kInt8,
+                                       WeightType::kInt4,    WeightType::kInt8Groups};
 
 // The sets that this machine runs.
 inline std::vector<const Kernels*> Runnable() {
@@ -92,15 +93,21 @@ struct Product {
       std::memcpy(&value, &bits, sizeof(value));
       return value;
     }
+    return args.type == WeightType::kInt8 ? QuantizedElement<kRun>(from, k)
+                                          : QuantizedElement<kGroup>(from, k);
+  }
+
+  template <int64_t kRows>
+  double QuantizedElement(const char* from, int64_t k) const {
     // From the last step back to that of the element's run.
-    const auto* groups = reinterpret_cast<const QuantizedGroup*>(from);
+    const auto* parts = reinterpret_cast<const QuantizedPart<kRows>*>(from);
     float last;
-    std::memcpy(&last, groups + (in + kGroup - 1) / kGroup, sizeof(last));
+    std::memcpy(&last, parts + (in + kRows - 1) / kRows, sizeof(last));
     double step = last;
-    for (int64_t run = (in - 1) / kStepRun; run > k / kStepRun; --run) {
-      step *= groups[run * kStepRun / kGroup].ratio;
+    for (int64_t run = (in - 1) / kRun; run > k / kRun; --run) {
+      step *= parts[run * kRun / kRows].ratio;
     }
-    return step * groups[k / kGroup].q[k % kGroup];
+    return step * parts[k / kRows].q[k % kRows];
   }
 
   const Kernels& kernels;

@@ -108,7 +108,7 @@ TEST(Kernels, ProductsOfRunsOfAnySize) {
   std::normal_distribution<float> normal;
   const float sizes[] = {1.0f, 0.0f, 1e-25f, 1e20f, 1e-36f, 1e-3f, 1e30f, 0.0f, 1e-10f};
   for (const Kernels* kernels : Runnable()) {
-    for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
+    for (const WeightType type : {WeightType::kInt8, WeightType::kInt4, WeightType::kInt8Groups}) {
       Product product(
           *kernels, type, 9, 1111, 40, [&](int64_t, int64_t) { return normal(random); },
           [&](int64_t r, int64_t k) { return sizes[(r + k / 128) % 9] * normal(random); });
@@ -216,8 +216,8 @@ TEST(Kernels, PreparedRows) {
             if (product.prepared_bytes && type == WeightType::kBFloat16) {
               allowed = std::fabs(row[k]) / 256;
             } else if (product.prepared_bytes) {
-              const int64_t begin = k / kStepRun * kStepRun;
-              for (int64_t i = begin; i < std::min(begin + kStepRun, in); ++i) {
+              const int64_t begin = k / kRun * kRun;
+              for (int64_t i = begin; i < std::min(begin + kRun, in); ++i) {
                 allowed = std::max(allowed, std::fabs(static_cast<double>(row[i])));
               }
               allowed *= 0.5001 / 127;
@@ -237,9 +237,9 @@ TEST(Panels, ScalesAreKept) {
   std::mt19937 random(7);
   std::uniform_int_distribution<int> exponent(-40, 24);
   std::normal_distribution<float> normal;
-  for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
-    for (const int64_t in : {1, 31, 32, 33, 100}) {
-      for (int round = 0; round < 200; ++round) {
+  for (const WeightType type : {WeightType::kInt8, WeightType::kInt4, WeightType::kInt8Groups}) {
+    for (const int64_t in : {1, 31, 32, 33, 100, 128, 129, 300}) {
+      for (int round = 0; round < 100; ++round) {
         std::vector<float> weights(static_cast<size_t>(in * kPanel));
         for (float& value : weights) value = normal(random);
         for (int64_t c = 0; c < kPanel; ++c) {
@@ -252,9 +252,9 @@ TEST(Panels, ScalesAreKept) {
         std::vector<char> panel(bytes), again(bytes);
         PackPanel(type, weights.data(), in, panel.data());
         std::vector<uint16_t> scales(static_cast<size_t>((in + kGroup - 1) / kGroup * kPanel));
-        const size_t group = bytes / (scales.size() / kPanel);
-        for (size_t g = 0; g * kPanel < scales.size(); ++g) {
-          std::memcpy(&scales[g * kPanel], &panel[g * group], kPanel * sizeof(uint16_t));
+        for (int64_t k = 0; k < in; k += kGroup) {  // a panel up to k ends where k's scales are
+          const int64_t at = PanelBytes(type, k / ScaleRows(type) * ScaleRows(type));
+          std::memcpy(&scales[k / kGroup * kPanel], &panel[at], kPanel * sizeof(uint16_t));
         }
         std::vector<float> column(static_cast<size_t>(in));
         for (int64_t c = 0; c < kPanel; ++c) {

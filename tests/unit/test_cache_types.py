@@ -106,6 +106,28 @@ def test_bytes_of_a_position() -> None:
     assert (taken["int8"] - scales) * 4 == taken["float32"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "cache"),
+    [
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("int4", "bfloat16"),
+    ],
+)
+def test_the_default_goes_with_the_weights(weights: str, cache: str) -> None:
+    with (
+        Generator.from_pretrained("gpt2-docstrings", weight_dtype=weights) as default,
+        Generator.from_pretrained(
+            "gpt2-docstrings", weight_dtype=weights, cache_dtype=cache
+        ) as named,
+    ):
+        assert default.info.cache_dtype == cache
+        ids = list(range(1, 70))
+        np.testing.assert_array_equal(default.logits(ids), named.logits(ids))
+
+
 def test_a_type_that_there_is_not() -> None:
     sentence = "cache_dtype=int4 is not one that device=cpu has: float32, float16, bfloat16, int8"
     with pytest.raises(RuntimeError, match=sentence):

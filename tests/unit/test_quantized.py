@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastgen_tests.model_files import split_file
+from fastgen_tests.model_files import safetensors_bytes, split_file
 
 from fastgen import Generator, _capi, _quantize
 from fastgen.convert import convert, load_directory, write_directory
 from fastgen.errors import InvalidArgumentError, ModelFileError
+from fastgen.testing.reference import normalised_error
 
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 PROMPT = [5, 6, 7, 30, 11, 2]
@@ -141,6 +142,45 @@ def test_another_type_is_made_of_the_stored_weights(
         if stored == "int4" and dtype == "int4":
             return  # the scales of the file are kept, which a search may not find again
         same_bits(expected, other)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_groups_of_a_run_may_differ(
+    make_model: Callable[..., Any], tmp_path: Path, stored: str
+) -> None:
+    """Where fastgen gives 128 inputs one scale, another writer may give each 32 their own."""
+    sizes = {"vocab_size": 67, "n_positions": 24, "n_embd": 160, "n_head": 4, "n_inner": 300}
+    model = make_model(seed=4, **sizes)
+    uniform = convert(str(model.directory), tmp_path / "uniform", weight_dtype=stored)
+    header, data = split_file(uniform / "model.safetensors")
+    content = bytearray(data)
+    rng = np.random.default_rng(3)
+    changed = 0
+    for name, entry in header.items():
+        if not name.endswith(".scales") or (stored == "int4" and name != "wte.weight.scales"):
+            continue
+        begin, end = entry["data_offsets"]
+        scales = np.frombuffer(data[begin:end], np.float16).reshape(entry["shape"])
+        if stored == "int8":
+            runs = np.moveaxis(scales, 1, 0) if name == "wte.weight.scales" else scales
+            assert all((runs[i] == runs[i // 4 * 4]).all() for i in range(len(runs)))
+        factors = rng.choice([0.25, 0.5, 1.0, 2.0], scales.shape).astype(np.float16)
+        content[begin:end] = (scales * factors).tobytes()
+        changed += 1
+    assert changed
+    directory = tmp_path / "groups"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((uniform / "config.json").read_bytes())
+    (directory / "model.safetensors").write_bytes(safetensors_bytes(header, bytes(content)))
+    with (
+        Generator.from_pretrained(directory) as groups,
+        Generator.from_pretrained(directory, weight_dtype="float32") as exact,
+        Generator.from_pretrained(uniform) as runs_of_128,
+    ):
+        assert groups.info.step_bytes > runs_of_128.info.step_bytes
+        ids = [token % 67 for token in PROMPT]
+        assert normalised_error(groups.logits(ids), exact.logits(ids)) <= 1e-3
+        assert normalised_error(runs_of_128.logits(ids), exact.logits(ids)) > 1e-2
 
 
 def decoded(directory: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from fastgen.testing.reference import gpt2_logits, normalised_error, to_bfloat16
 ISAS = [name for name, supported in _capi.isas() if supported]
 # Normalised mean squared error of logits, of the design.
 BOUNDS = {"float16": 1e-5, "bfloat16": 1e-4, "int8": 1e-3, "int4": 5e-2}
-GROUP = 32  # inputs that share a scale of the weights
+GROUPS = {"int8": 128, "int4": 32}  # inputs that share a scale of the weights
 STEP_RUN = 128  # elements of a row in 8 bits that share a step
 
 # vocabulary, positions, hidden, layers, heads, intermediate
@@ -49,8 +49,8 @@ def representable(
         return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     rng = np.random.default_rng(values.size)
     inputs = np.moveaxis(np.empty_like(values), axis, 0)
-    for begin in range(0, inputs.shape[0], GROUP):
-        part = inputs[begin : begin + GROUP]
+    for begin in range(0, inputs.shape[0], GROUPS[dtype]):
+        part = inputs[begin : begin + GROUPS[dtype]]
         step = np.exp2(rng.integers(-3, 2, part.shape[1]) - (9 if dtype == "int8" else 5))
         most = 127 if dtype == "int8" else 7
         q = rng.integers(-most, most + 1, part.shape)
@@ -107,7 +107,8 @@ def test_what_the_type_holds_is_not_changed(shape: GPTShape, dtype: str, isa: st
         tokens,
         lambda x: rounded_rows(x, dtype, isa),
     )
-    with EngineModel(shape, tensors, isa=isa, num_threads=2, weight_dtype=dtype) as model:
+    types = {"weight_dtype": dtype, "cache_dtype": "float32"}
+    with EngineModel(shape, tensors, isa=isa, num_threads=2, **types) as model:
         error = normalised_error(model.logits(tokens), expected)
     kept = dtype == "float16" or (dtype == "bfloat16" and isa != "avx512_bf16")
     assert error <= (1e-10 if kept else 1e-7)
@@ -172,8 +173,9 @@ def test_bytes_of_a_step() -> None:
     # Vectors stay float32, and rows are rounded up to whole groups and panels. With int4 the head
     # is int8: 2048 outputs beside 12 times 224 in each of five layers.
     head = 2048 / (2048 + 5 * 12 * 224)
-    int4 = 9 / 64 * (1 - head) + 17 / 64 * head
-    shares = {"float16": 1 / 2, "bfloat16": 1 / 2, "int8": 17 / 64, "int4": int4}
+    int8 = 65 / 256
+    int4 = 9 / 64 * (1 - head) + int8 * head
+    shares = {"float16": 1 / 2, "bfloat16": 1 / 2, "int8": int8, "int4": int4}
     for dtype, share in shares.items():
         assert share <= read[dtype] / read["float32"] < 1.1 * share
 

@@ -244,8 +244,8 @@ typedef struct fastgen_model_options {
    *  NULL for another device. */
   const char* isa;
   /** Type that weights are packed as: "float32", "float16", "bfloat16", "int8" or "int4" (the integers
-   *  with a float16 scale for every 32 inputs of an output; on the CPU the embedding and the head of
-   *  "int4" have 8 bits). NULL or "": what the files say that `fastgen convert --weight_dtype` wrote, else
+   *  with a float16 scale for every 32 inputs of an output, int8 on the CPU for every 128; there the
+   *  embedding and the head of "int4" have 8 bits). NULL or "": what the files say that `fastgen convert --weight_dtype` wrote, else
    *  "float32". Files of fewer bits can be loaded as any type: their weights are rounded again. */
   const char* weight_dtype;
   /** Threads that compute on the CPU, 1 to 1024. 0: the environment variable `FASTGEN_NUM_THREADS`,
@@ -264,7 +264,7 @@ typedef struct fastgen_model_options {
   /** Type that keys and values are kept as: on the CPU "float32", "float16", "bfloat16" or "int8" (with
    *  a float32 scale for every position's key and value of a head); on an NVIDIA device the one that
    *  goes with `weight_dtype`: "float32" with "float32", "bfloat16" with "bfloat16", else "float16".
-   *  NULL: "float32" on the CPU, else the device's. */
+   *  NULL: the device's; on the CPU "float32" with "float32", "float16" with "float16", else "bfloat16". */
   const char* cache_dtype;
 } fastgen_model_options;
 
@@ -380,7 +380,8 @@ FASTGEN_API fastgen_status fastgen_checksum(const fastgen_tensor* tensors, size_
  * `weight_dtype` on the CPU. `fastgen convert` writes its files with it.
  *
  * Inputs come in groups of 32, of which the last may be shorter; an output has a scale for each, and the
- * weight is scale * q. The number of groups is (in + 31) / 32. Threads are those of a model.
+ * weight is scale * q. The number of groups is (in + 31) / 32. With "int8" the four groups of 128 inputs have
+ * the same scale. Threads are those of a model.
  * @param matrix 2 dimensions: [in, out] of a linear layer, or [out, in] of a table
  * @param is_table 1: an embedding or a head; 0: a linear layer
  * @param weight_dtype "float16" or "bfloat16"; "int8"; or "int4", which no table can have: with the
