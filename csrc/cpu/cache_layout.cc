@@ -40,18 +40,6 @@ bool ParseCacheType(const char* name, CacheType* type) {
 
 const char* CacheTypeName(CacheType type) { return Of(type).name; }
 
-int64_t KeyAt(const HeadLayout& head, int64_t i, int64_t position) {
-  if (head.type == CacheType::kBFloat16) return (i / 2 * kBlock + position) * 2 + i % 2;
-  return i * kBlock + position;
-}
-
-int64_t ValueAt(const HeadLayout& head, int64_t i, int64_t position) {
-  if (head.type == CacheType::kBFloat16) {
-    return (position / 2 * head.value_stride + i) * 2 + position % 2;
-  }
-  return position * head.value_stride + i;
-}
-
 HeadLayout MakeHeadLayout(CacheType type, int64_t head_size) {
   const int64_t element = Of(type).element_bytes;
   HeadLayout head;

@@ -37,11 +37,6 @@ struct HeadLayout {
 bool ParseCacheType(const char* name, CacheType* type);
 const char* CacheTypeName(CacheType type);
 
-// Where element i of a head's key, and of its value, at a position of the block is, in elements from the
-// beginning of the keys and of the values.
-int64_t KeyAt(const HeadLayout& head, int64_t i, int64_t position);
-int64_t ValueAt(const HeadLayout& head, int64_t i, int64_t position);
-
 HeadLayout MakeHeadLayout(CacheType type, int64_t head_size);
 
 }  // namespace fastgen::cpu

@@ -17,17 +17,10 @@ namespace {
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// int8 as its scales allow: those that a file has are kept, found again they might be others.
-cpu::WeightType PackedType(cpu::WeightType type, const char* scales, bool in_runs) {
-  const bool groups = type == cpu::WeightType::kInt8 && scales == std::string("int8") && !in_runs;
-  return groups ? cpu::WeightType::kInt8Groups : type;
-}
-
-// Whether a file has the scales of a type of panels.
+// Whether a file has the scales of a type of panels. They are kept: found again they might be others.
 bool HasScales(const char* scales, cpu::WeightType type) {
-  return scales == std::string(type == cpu::WeightType::kInt4 ? "int4" : "int8") &&
-         (type == cpu::WeightType::kInt4 || type == cpu::WeightType::kInt8 ||
-          type == cpu::WeightType::kInt8Groups);
+  const bool groups = type == cpu::WeightType::kInt8Groups;
+  return scales == std::string(cpu::WeightTypeName(groups ? cpu::WeightType::kInt8 : type));
 }
 
 // A stored matrix and the first column that it takes in the packed one.
@@ -73,11 +66,17 @@ PackedWeights::PackedWeights(const ModelConfig& config, WeightSource& source, cp
   const int64_t wide = config.intermediate_size;
   layers_.resize(config.num_layers);
   // With 4 bits the ends keep 8: they are what perplexity suffers from, and a small part of a network.
-  const cpu::WeightType end_type =
-      PackedType(type == cpu::WeightType::kInt4 ? cpu::WeightType::kInt8 : type,
-                 source.table_scales(), source.table_scales_in_runs());
-  const cpu::WeightType layer_type =
-      PackedType(type, source.matrix_scales(), source.matrix_scales_in_runs());
+  cpu::WeightType layer_type = type;
+  cpu::WeightType end_type = type == cpu::WeightType::kInt4 ? cpu::WeightType::kInt8 : type;
+  // Reads all scales of a file that has some.
+  if (end_type == cpu::WeightType::kInt8 && HasScales(source.table_scales(), end_type) &&
+      !source.table_scales_in_runs()) {
+    end_type = cpu::WeightType::kInt8Groups;
+  }
+  if (layer_type == cpu::WeightType::kInt8 && HasScales(source.matrix_scales(), layer_type) &&
+      !source.matrix_scales_in_runs()) {
+    layer_type = cpu::WeightType::kInt8Groups;
+  }
   Carver carver;
   auto carve = [&] {
     carver.used = 0;

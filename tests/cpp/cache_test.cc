@@ -38,6 +38,20 @@ ModelConfig CacheConfig(int32_t hidden, int32_t layers, int32_t heads) {
 constexpr cpu::CacheType kCacheTypes[] = {cpu::CacheType::kFloat32, cpu::CacheType::kFloat16,
                                           cpu::CacheType::kBFloat16, cpu::CacheType::kInt8};
 
+// Where element i of a head's key, and of its value, at a position of the block is, in elements from the
+// beginning of the keys and of the values: what cpu/cache_layout.h says.
+int64_t KeyAt(const cpu::HeadLayout& head, int64_t i, int64_t position) {
+  if (head.type == cpu::CacheType::kBFloat16) return (i / 2 * cpu::kBlock + position) * 2 + i % 2;
+  return i * cpu::kBlock + position;
+}
+
+int64_t ValueAt(const cpu::HeadLayout& head, int64_t i, int64_t position) {
+  if (head.type == cpu::CacheType::kBFloat16) {
+    return (position / 2 * head.value_stride + i) * 2 + position % 2;
+  }
+  return position * head.value_stride + i;
+}
+
 // Every kernel set writes what it should where it should and nothing else, and a block has room for it.
 TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
   for (const cpu::Kernels* kernels : cpu::AllKernels()) {
@@ -72,11 +86,11 @@ TEST(BlockPool, PlacesOfABlockDoNotOverlap) {
             }
             for (int64_t at = 0; at < cpu::kBlock; ++at) {  // what is behind a row stays zero
               for (int64_t i = head_size; i < head.value_stride; ++i) {
-                const char* const value = area + head.values_at + cpu::ValueAt(head, i, at) * bytes;
+                const char* const value = area + head.values_at + ValueAt(head, i, at) * bytes;
                 ASSERT_TRUE(std::all_of(value, value + bytes, [](char c) { return c == 0; }));
               }
               for (int64_t i = head_size; i < padded; ++i) {
-                const char* const key = area + cpu::KeyAt(head, i, at) * bytes;
+                const char* const key = area + KeyAt(head, i, at) * bytes;
                 ASSERT_TRUE(std::all_of(key, key + bytes, [](char c) { return c == 0; }));
               }
             }
@@ -142,8 +156,7 @@ TEST(BlockPool, RoundsAsItSays) {
       for (int64_t i = 0; i < n; ++i) {
         const uint16_t expected = brain ? base::FloatToBrain(row[i]) : base::FloatToHalf(row[i]);
         const float as_float = brain ? base::BrainToFloat(expected) : base::HalfToFloat(expected);
-        for (const uint16_t got :
-             {keys[cpu::KeyAt(head, i, 5)], values[cpu::ValueAt(head, i, 5)]}) {
+        for (const uint16_t got : {keys[KeyAt(head, i, 5)], values[ValueAt(head, i, 5)]}) {
           const float actual = brain ? base::BrainToFloat(got) : base::HalfToFloat(got);
           EXPECT_EQ(actual, as_float) << kernels->name << " " << row[i];
         }
@@ -180,7 +193,7 @@ TEST(BlockPool, RoundsAsItSays) {
           std::memcpy(&got, area.data() + head.scales_at, sizeof got);
         } else {
           uint16_t bits;
-          std::memcpy(&bits, area.data() + cpu::KeyAt(head, 1, 0) * 2, sizeof bits);
+          std::memcpy(&bits, area.data() + KeyAt(head, 1, 0) * 2, sizeof bits);
           got =
               type == cpu::CacheType::kFloat16 ? base::HalfToFloat(bits) : base::BrainToFloat(bits);
         }
