@@ -87,9 +87,28 @@ void ScoreTile(const SpanArgs& span, int64_t at) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[m][v] = Vec::Set(0.0f);
   }
+  // A row alone is done with a block before memory has brought the next: meanwhile it fetches that one's
+  // keys and this one's values. Several rows take longer.
+  constexpr bool kAhead = M == 1;
+  constexpr int64_t kBytes = kVecs * kWidth * Line::kColumnBytes;  // of a line that are read
+  const int64_t last = (args.length + args.rows - 2) / kBlock;
+  const char *next[kBlocks], *values[kBlocks];
+#pragma GCC unroll 16
+  for (int n = 0; n < kBlocks && kAhead; ++n) {
+    next[n] = args.blocks[Min(position / kBlock + kBlocks + n, last)];
+    values[n] = args.blocks[position / kBlock + n] + args.head.values_at;
+  }
   const int64_t lines = C::kPaired ? (args.head.head_size + 1) / 2 : args.head.head_size;
   const char* query = span.query;
   for (int64_t line = 0; line < lines; ++line) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kBlocks && kAhead; ++n) {
+#pragma GCC unroll 16
+      for (int64_t b = 0; b < kBytes; b += 64) {
+        __builtin_prefetch(next[n] + line * kBlock * Line::kColumnBytes + b, 0, 2);
+        __builtin_prefetch(values[n] + line * kBytes + b, 0, 2);
+      }
+    }
     typename Line::Raw raw[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -248,11 +267,15 @@ void AttendSpan(const SpanArgs& given, float* part) {
     span.query_stride = args.query_stride * static_cast<int64_t>(sizeof(float));
   }
   constexpr int kScores = kScoreVecs<M>;
+  // Of the last block, which may have just begun, half is enough where it has no more.
+  constexpr int kHalf = kBlockVecs / 2;
   constexpr int kLeast = kScores < kBlockVecs ? kScores : kBlockVecs;
-  const int64_t most = (span.CountOf(M - 1) + kBlock - 1) / kBlock * kBlock;
+  constexpr int64_t kHalfBlock = kBlock / 2;
+  const int64_t most = (span.CountOf(M - 1) + kHalfBlock - 1) / kHalfBlock * kHalfBlock;
   int64_t at = 0;
   for (; at + kScores * kWidth <= most; at += kScores * kWidth) ScoreTile<C, M, kScores>(span, at);
-  for (; at < most; at += kLeast * kWidth) ScoreTile<C, M, kLeast>(span, at);
+  for (; at + kLeast * kWidth <= most; at += kLeast * kWidth) ScoreTile<C, M, kLeast>(span, at);
+  if (at < most) ScoreTile<C, M, kHalf>(span, at);
 
   const int64_t part_stride = args.head.value_stride + kPartNotes;
   ExpScores<C, M>(span, part, part_stride);

@@ -88,7 +88,8 @@ struct Kernels {
   // of its row.
   void (*write_cache)(const HeadLayout& head, const float* keys, const float* values,
                       int64_t stride, int64_t rows, char* area, int64_t at);
-  // Span `index` of the rows that reach into it: writes its parts, from its blocks only.
+  // Span `index` of the rows that reach into it: writes its parts, from its blocks only. Fetches from the
+  // next span's, so their addresses must be there.
   void (*attention_span)(const AttentionArgs& args, int64_t index);
   // out, from the parts of all spans, which are used up.
   void (*attention_finish)(const AttentionArgs& args);

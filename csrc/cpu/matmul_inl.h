@@ -91,7 +91,7 @@ struct Place {
   int64_t column;     // of the product, the panel's first
   int64_t first;      // column of the panel
   const char* ahead;  // bytes of the weights that are fetched first
-  int64_t share;      // of how many tiles that fetch together what one alone would
+  int64_t share;      // of how many passes over the panel that fetch together what one alone would
 };
 
 // What is fetched while a line is worked on: the lines at `at`, which is `step` bytes on at the next.
@@ -107,18 +107,17 @@ __attribute__((always_inline)) inline void Accumulate(const char* w, const char*
                                                       int64_t x_stride, int64_t units, Ahead* ahead,
                                                       typename W::Acc (&acc)[M][V]) {
   constexpr int64_t kBytes = V * kWidth * W::kColumnBytes;  // of a line that are read
-  // Into the second-level cache, as the first holds up too few lines that are on their way, except where
-  // one row of floats does next to nothing with each.
-  constexpr int kNear = M == 1 && W::kScaleRows == 0 ? 3 : 2;
   const char* at = ahead->at;
   const int64_t step = ahead->step;
   for (int64_t unit = 0; unit < units; unit += W::kParts) {
     typename W::Raw raw[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) raw[v] = W::Load(w + v * kWidth * W::kColumnBytes);
+    // Into the second-level cache, as the first holds up too few lines that are on their way. One row
+    // passes through memory as fast as processors read ahead of it themselves, if nobody interferes.
+    if constexpr (M > 1) {
 #pragma GCC unroll 16
-    for (int line = 0; line * 64 < kBytes; ++line) {
-      __builtin_prefetch(at + line * 64, 0, kNear);
+      for (int line = 0; line * 64 < kBytes; ++line) __builtin_prefetch(at + line * 64, 0, 2);
     }
 #pragma GCC unroll 2
     for (int part = 0; part < W::kParts; ++part) {
@@ -185,11 +184,13 @@ void Tile(const MatmulArgs& args, const Place& place) {
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) part[m][v] = offset;
       }
-      __builtin_prefetch(ahead.at, 0, 2);
+      if constexpr (M > 1) __builtin_prefetch(ahead.at, 0, 2);
       ahead.at += 2 * kPanel / place.share;
       const char* group = panel + 2 * kPanel;
       const char* q = x + offsetof(Quantized, q);
       const int64_t end = Min(W::kScaleRows, args.in - begin);
+      // Rolled up: what processors fetch ahead of one load, they find by the distance to its last time.
+#pragma GCC unroll 1
       for (int64_t k = 0; k < end; k += kGroup, group += kGroupBytes, q += kGroup) {
         Accumulate<W, M, V>(group + first * W::kColumnBytes, q, x_stride, kGroup / 4, &ahead, part);
       }
@@ -248,22 +249,24 @@ void MatmulPanels(const MatmulArgs& args, int64_t begin, int64_t end) {
   const int64_t tallest = Full::kMost >= args.rows ? Full::kMost : Part::kMost;
   const int64_t tiles = (args.rows + tallest - 1) / tallest;
   const int64_t panel_bytes = args.panel_bytes;
+  constexpr int64_t kParts = kPanelVecs / Vec::kPartVecs;
   for (int64_t panel = begin; panel < end; ++panel) {
     const char* const w = static_cast<const char*>(args.panels) + panel * panel_bytes;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = args.rows * t / tiles;
       const int64_t m = args.rows * (t + 1) / tiles - row;
-      // One tile fetches a little ahead; of several, each fetches its share of the next panel.
-      const char* const ahead =
-          tiles == 1 ? w + kPrefetchBytes : w + panel_bytes + panel_bytes * t / tiles;
-      const Place place{row, w, panel * kPanel, 0, ahead, tiles};
-      if (m <= Full::kMost) {
-        Full::kTiles[m - 1](args, place);
+      const bool full = m <= Full::kMost;
+      // One pass over the panel fetches a little ahead; of several, each fetches its share of the next panel.
+      const int64_t passes = full ? tiles : tiles * kParts;
+      const auto ahead = [&](int64_t pass) {
+        return passes == 1 ? w + kPrefetchBytes : w + panel_bytes + panel_bytes * pass / passes;
+      };
+      if (full) {
+        Full::kTiles[m - 1](args, {row, w, panel * kPanel, 0, ahead(t), passes});
       } else if constexpr (Part::kMost > Full::kMost) {
-        for (int v = 0; v < kPanelVecs; v += Vec::kPartVecs) {
-          Place part = place;
-          part.first = v * kWidth;
-          Part::kTiles[m - 1](args, part);
+        for (int64_t p = 0; p < kParts; ++p) {
+          const int64_t first = p * Vec::kPartVecs * kWidth;
+          Part::kTiles[m - 1](args, {row, w, panel * kPanel, first, ahead(t * kParts + p), passes});
         }
       }
     }

@@ -51,10 +51,11 @@ int ResolveThreads(int32_t asked) {
   return static_cast<int>(value);
 }
 
-// A region is a share of tasks per thread and the body that runs them. A piece is claimed by one
-// atomic addition that yields the share's next and last task together, so a claim is right however
-// late its thread comes: a region cannot end before its claimed pieces are done, and a thread that
-// claims nothing touches nothing.
+// A region is a share of tasks per thread and the body that runs them. Half of what a share has left, or a
+// piece if that is more, is claimed by one atomic addition that yields the share's next and last task
+// together, so a claim is right however late its thread comes: a region cannot end before what is
+// claimed is done, and a thread that claims nothing touches nothing. Claims are few, as each makes its
+// processor wait for all memory that is on its way.
 struct ThreadPool::Shared {
   struct alignas(64) Share {
     std::atomic<uint64_t> next_and_end{0};  // next << 32 | end
@@ -87,7 +88,9 @@ struct ThreadPool::Shared {
   bool RunOne(Share& share, int thread) {
     uint64_t word = share.next_and_end.load(std::memory_order_acquire);
     if ((word >> 32) >= (word & 0xffffffffu)) return false;
-    const uint64_t step = static_cast<uint64_t>(grain.load(std::memory_order_relaxed));
+    const uint64_t left = (word & 0xffffffffu) - (word >> 32);
+    const uint64_t step =
+        std::max(static_cast<uint64_t>(grain.load(std::memory_order_relaxed)), left / 2);
     word = share.next_and_end.fetch_add(step << 32, std::memory_order_acq_rel);
     const int64_t begin = static_cast<int64_t>(word >> 32);
     const int64_t end = static_cast<int64_t>(word & 0xffffffffu);

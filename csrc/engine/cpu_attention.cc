@@ -80,6 +80,8 @@ void CpuDevice::PlanAttention(const std::vector<Row>& rows) {
       tile.spans = (tile.length + tile.count - 1 + cpu::kSpan - 1) / cpu::kSpan;
       tile.first_span = spans;
       tile.first_part = parts;
+      tile.first_tile = static_cast<int64_t>(tiles_.size()) - t;
+      tile.tiles = tiles;
       spans += tile.spans;
       parts += tile.spans * tile.count;
       most_parts = std::max(most_parts, tile.spans * tile.count);
@@ -106,12 +108,15 @@ void CpuDevice::PlanAttention(const std::vector<Row>& rows) {
 
 void CpuDevice::Attend(int32_t layer, const std::vector<Row>& rows) {
   const auto tiles = static_cast<int64_t>(tiles_.size());
-  // Heads outermost: neighbouring tasks read the same keys and values.
   if (tile_of_span_.empty()) {
+    // Sequence by sequence, as its heads lie side by side in a block; of a sequence head by head, as all of
+    // its tiles read the same keys and values.
     pool_.Run(tiles * config_.num_heads, 1, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t task = begin; task < end; ++task) {
-        const auto head = static_cast<int32_t>(task / tiles);
-        const Tile& tile = tiles_[task % tiles];
+        const Tile& some = tiles_[task / config_.num_heads];
+        const int64_t of_sequence = task - some.first_tile * config_.num_heads;
+        const auto head = static_cast<int32_t>(of_sequence / some.tiles);
+        const Tile& tile = tiles_[some.first_tile + of_sequence % some.tiles];
         float* const parts = scratch_[thread].parts.data();
         AttendSpans(layer, rows, head, tile, 0, tile.spans, parts, thread);
         FinishAttention(head, tile, parts);
@@ -146,7 +151,8 @@ void CpuDevice::AttendSpans(int32_t layer, const std::vector<Row>& rows, int32_t
                             int32_t thread) {
   Scratch& scratch = scratch_[thread];
   const int64_t blocks = (tile.length + tile.count - 1 + kBlock - 1) / kBlock;
-  const int64_t end = std::min(last * cpu::kSpan / kBlock, blocks);
+  // Of the span behind them too, where there is one: its keys are fetched ahead.
+  const int64_t end = std::min((last + 1) * cpu::kSpan / kBlock, blocks);
   for (int64_t b = first * cpu::kSpan / kBlock; b < end; ++b) {
     scratch.blocks[b] = rows[tile.row].slot->blocks[b]->data() + cache_.HeadAt(layer, head);
   }

@@ -74,7 +74,8 @@ class CpuDevice : public Device {
     int64_t length;  // positions that the first of them attends
     int64_t spans;   // of cpu::kSpan positions, that the last of them reaches into
     int64_t first_span,
-        first_part;  // how many the tiles before it have: spans, and rows' parts of them
+        first_part;             // how many the tiles before it have: spans, and rows' parts of them
+    int64_t first_tile, tiles;  // of its sequence
   };
 
   Slot& At(int32_t slot);
