@@ -77,6 +77,7 @@ struct ThreadPool::Shared {
   std::atomic<Erased> body{nullptr};
   std::atomic<const void*> context{nullptr};
   std::atomic<int64_t> grain{1};
+  std::atomic<int64_t> most{1};  // tasks of a piece
 
   std::atomic<int> sleeping{0};
   std::atomic<bool> stop{false};
@@ -96,13 +97,13 @@ struct ThreadPool::Shared {
     const int64_t end = static_cast<int64_t>(word & 0xffffffffu);
     if (begin >= end) return false;
     // `step` may be of a region that has just ended. What was claimed belongs to this one, and so
-    // does the grain now: it cannot end before this is done.
+    // does `most` now: it cannot end before this is done.
     const int64_t last = std::min(end, begin + static_cast<int64_t>(step));
-    const int64_t most = grain.load(std::memory_order_relaxed);
+    const int64_t piece = most.load(std::memory_order_relaxed);
     const Erased run = body.load(std::memory_order_relaxed);
     const void* const what = context.load(std::memory_order_relaxed);
-    for (int64_t first = begin; first < last; first += most) {
-      run(what, first, std::min(last, first + most), thread);
+    for (int64_t first = begin; first < last; first += piece) {
+      run(what, first, std::min(last, first + piece), thread);
     }
     done.fetch_add(last - begin, std::memory_order_release);
     return true;
@@ -257,7 +258,8 @@ void ThreadPool::Start() {
   shared_ = shared.release();
 }
 
-void ThreadPool::RunErased(int64_t tasks, int64_t grain, Erased body, const void* context) {
+void ThreadPool::RunErased(int64_t tasks, int64_t grain, int64_t most, Erased body,
+                           const void* context) {
   if (tasks <= 0) return;
   if (threads_ == 1 || tasks <= grain) {
     body(context, 0, tasks, 0);
@@ -269,6 +271,7 @@ void ThreadPool::RunErased(int64_t tasks, int64_t grain, Erased body, const void
   shared.body.store(body, std::memory_order_relaxed);
   shared.context.store(context, std::memory_order_relaxed);
   shared.grain.store(grain, std::memory_order_relaxed);
+  shared.most.store(most, std::memory_order_relaxed);
   for (int i = 0; i < threads_; ++i) {
     const uint64_t begin = static_cast<uint64_t>(tasks * i / threads_);
     const uint64_t end = static_cast<uint64_t>(tasks * (i + 1) / threads_);

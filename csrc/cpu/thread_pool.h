@@ -53,12 +53,13 @@ class ThreadPool {
   // not throw, and there are less than 2^31 tasks. The caller holds mutex().
   template <typename Body>
   void Run(int64_t tasks, int64_t grain, const Body& body) {
-    RunErased(
-        tasks, grain,
-        [](const void* context, int64_t begin, int64_t end, int thread) {
-          (*static_cast<const Body*>(context))(begin, end, thread);
-        },
-        &body);
+    RunErased(tasks, grain, grain, Call<Body>, &body);
+  }
+
+  // As Run() with pieces of any size: all that a thread claims at once, half of what its share has left.
+  template <typename Body>
+  void RunClaims(int64_t tasks, const Body& body) {
+    RunErased(tasks, 1, tasks, Call<Body>, &body);
   }
 
  private:
@@ -66,7 +67,13 @@ class ThreadPool {
   using Erased = void (*)(const void*, int64_t, int64_t, int);
   struct Shared;
 
-  void RunErased(int64_t tasks, int64_t grain, Erased body, const void* context);
+  template <typename Body>
+  static void Call(const void* context, int64_t begin, int64_t end, int thread) {
+    (*static_cast<const Body*>(context))(begin, end, thread);
+  }
+
+  // Claims of `grain` at least, in pieces of `most` at most.
+  void RunErased(int64_t tasks, int64_t grain, int64_t most, Erased body, const void* context);
   void Start();
 
   const int threads_;

@@ -274,7 +274,7 @@ void CpuDevice::Multiply(const Product& product, int64_t rows, const Done& done)
   const uint64_t id = ++products_;
   const int64_t panels = matrix.num_panels();
   const int64_t blocks = (rows + kTaskRows - 1) / kTaskRows;
-  pool_.Run(panels * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+  pool_.RunClaims(panels * blocks, [&](int64_t begin, int64_t end, int thread) {
     cpu::MatmulArgs mine = args;
     if (make_here) {
       Scratch& scratch = scratch_[thread];

@@ -48,6 +48,26 @@ void CheckRegion(ThreadPool* pool, int64_t tasks, int64_t grain) {
   }
 }
 
+// The same with pieces as they are claimed: a share, of which there is one for each thread, at most.
+void CheckClaims(ThreadPool* pool, int64_t tasks) {
+  std::vector<std::atomic<int>> runs(static_cast<size_t>(std::max<int64_t>(tasks, 0)));
+  std::atomic<bool> odd{false};
+  const int64_t share = (tasks + pool->threads() - 1) / pool->threads();
+  {
+    std::lock_guard<std::mutex> lock(pool->mutex());
+    pool->RunClaims(tasks, [&](int64_t begin, int64_t end, int thread) {
+      if (begin < 0 || begin >= end || end > tasks || end - begin > share || thread < 0 ||
+          thread >= pool->threads()) {
+        odd = true;
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) runs[static_cast<size_t>(i)].fetch_add(1);
+    });
+  }
+  ASSERT_FALSE(odd) << "tasks=" << tasks;
+  for (const std::atomic<int>& count : runs) ASSERT_EQ(count.load(), 1) << "tasks=" << tasks;
+}
+
 // Long enough for workers to come and take their share, however few the cores.
 void Work() {
   const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
@@ -69,11 +89,15 @@ TEST(ThreadPool, RunsEveryTaskOnce) {
   for (const int threads : {1, 2, 3, 5, 16}) {
     ThreadPool pool(threads);
     ASSERT_EQ(pool.threads(), threads);
-    for (int64_t tasks = -1; tasks < 40; ++tasks) CheckRegion(&pool, tasks, 1);
+    for (int64_t tasks = -1; tasks < 40; ++tasks) {
+      CheckRegion(&pool, tasks, 1);
+      CheckClaims(&pool, tasks);
+    }
     for (int region = 0; region < 300; ++region) {
       const auto tasks = static_cast<int64_t>(random() % 1000);
       const auto grain = static_cast<int64_t>(1 + random() % (region % 2 == 0 ? 8 : 1200));
       CheckRegion(&pool, tasks, grain);
+      CheckClaims(&pool, tasks);
     }
   }
 }
