@@ -51,8 +51,8 @@ int ResolveThreads(int32_t asked) {
   return static_cast<int>(value);
 }
 
-// A region is a share of tasks per thread and the body that runs them. Half of what a share has left, or a
-// piece if that is more, is claimed by one atomic addition that yields the share's next and last task
+// A region is a share of tasks per thread and the body that runs them. Half of what a share has left, or
+// the grain if that is more, is claimed by one atomic addition that yields the share's next and last task
 // together, so a claim is right however late its thread comes: a region cannot end before what is
 // claimed is done, and a thread that claims nothing touches nothing. Claims are few, as each makes its
 // processor wait for all memory that is on its way.

@@ -48,10 +48,12 @@ void CheckRegion(ThreadPool* pool, int64_t tasks, int64_t grain) {
   }
 }
 
-// The same with pieces as they are claimed: a share, of which there is one for each thread, at most.
+// The same with pieces as they are claimed: a share, of which there is one for each thread, at most, and
+// few, as a claim halves a share. A thread that comes late from another region may claim less once.
 void CheckClaims(ThreadPool* pool, int64_t tasks) {
   std::vector<std::atomic<int>> runs(static_cast<size_t>(std::max<int64_t>(tasks, 0)));
   std::atomic<bool> odd{false};
+  std::atomic<int64_t> pieces{0};
   const int64_t share = (tasks + pool->threads() - 1) / pool->threads();
   {
     std::lock_guard<std::mutex> lock(pool->mutex());
@@ -61,11 +63,15 @@ void CheckClaims(ThreadPool* pool, int64_t tasks) {
         odd = true;
         return;
       }
+      ++pieces;
       for (int64_t i = begin; i < end; ++i) runs[static_cast<size_t>(i)].fetch_add(1);
     });
   }
   ASSERT_FALSE(odd) << "tasks=" << tasks;
   for (const std::atomic<int>& count : runs) ASSERT_EQ(count.load(), 1) << "tasks=" << tasks;
+  int64_t halvings = 0;
+  for (int64_t left = share; left > 1; left -= left / 2) ++halvings;
+  ASSERT_LE(pieces, pool->threads() * (halvings + 1 + 1)) << "tasks=" << tasks;
 }
 
 // Long enough for workers to come and take their share, however few the cores.
