@@ -111,6 +111,16 @@ __device__ inline void Mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint
 #endif
 }
 
+// c += a b of signed bytes, a 16 x 32 by rows, b 32 x 8 by columns.
+__device__ inline void MmaBytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if FASTGEN_ARCH_HAS_MMA_K16
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 // Two numbers in a register, `low` in its lower half.
 template <typename T>
 __device__ uint32_t PackPair(float low, float high);

@@ -259,6 +259,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   if (CeilOf(h, kTile) > kRound * blocks) return false;
 
   const int32_t narrow_chunks = CeilOf(h, kChunk), wide_chunks = CeilOf(wide, kChunk);
+  if (wide_chunks > kMaxChunks) return false;
   plan->lines = 2 * narrow_chunks > wide_chunks ? 2 * narrow_chunks : wide_chunks;
   const int32_t left = memory - SharedBytes(rows) - plan->lines * LineBytes(rows);
   plan->stages = left / StageBytes(args.dtype);

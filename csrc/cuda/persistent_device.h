@@ -48,6 +48,7 @@ constexpr int kTile = 8;                // outputs of a tile
 constexpr int kSpan = 128;              // columns of a warp in a chunk
 constexpr int kChunk = kWarps * kSpan;  // columns of a chunk
 constexpr int kRound = 4;               // tiles of a group, at most
+constexpr int kMaxChunks = 32;          // a lane each
 constexpr int kMaxStages = 40;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
 constexpr int kMaxHeadSize = 128;
@@ -124,6 +125,11 @@ struct Raw {
 // And holds of it: eight numbers of 16 bits of each of a warp's four fragments of columns.
 struct Held {
   uint4 fragments[4];
+};
+// Or, where bytes are multiplied: two operands, and the scale of one of a row's groups of columns.
+struct HeldBytes {
+  uint4 operands[2];
+  float scale;
 };
 
 // Stages that a worker holds in registers. Attention's output has a stage or two in a block where its

@@ -8,7 +8,7 @@
 // upper 4 activation columns belong to them; with more rows, the next tile.
 #pragma once
 
-#include "cuda/persistent_thread.h"
+#include "cuda/persistent_bytes.h"
 
 #if FASTGEN_ARCH_HAS_PERSISTENT
 
@@ -204,11 +204,30 @@ __device__ __forceinline__ void SwapBack(bool swapped, Raw<W>* raw) {
   }
 }
 
+template <typename W>
+__device__ __forceinline__ void Convert(Raw<W>& raw, Held& held) {
+#pragma unroll
+  for (int i = 0; i < W::kScales; ++i) raw.scales[i] |= raw.scales[i] << 16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    held.fragments[i] = Fragment(raw, i);
+    if (W::kScales > 0) Pin(held.fragments[i]);
+  }
+}
+template <typename W>
+__device__ __forceinline__ void Convert(Raw<W>& raw, HeldBytes& held) {
+  ToBytes(raw, held);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) Pin(held.operands[i]);
+  asm volatile("" : "+f"(held.scale));
+}
+
 // The warp's part of the next batch of the ring, `count` stages. `meanwhile` is done once they have been read, before
 // they are converted.
-template <typename W, bool kOneChunk, int kRows, int kHeld, typename Meanwhile>
+template <typename W, bool kOneChunk, int kRows, typename H, int kHeld, typename Meanwhile>
 __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& work, int count,
-                                            Held (&held)[kHeld], const Meanwhile& meanwhile) {
+                                            H (&held)[kHeld], const Meanwhile& meanwhile) {
+  constexpr bool kBytes = TakesBytes<W, kRows>();
   BarrierWait(self.shared.full + self.batch, self.batch_parity);
   const int output = self.lane / 4;
   const int swap = Stage<W>::kSwaps ? output % 2 : 0;
@@ -228,9 +247,10 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
       raw[j].weights[i] = *reinterpret_cast<const uint4*>(from + at_weights + (i ^ swap) * 64);
     }
 #pragma unroll
-    for (int i = 0; i < W::kScales; ++i) {
-      // A group of 32 columns each: two of a load's 64, or one of a lane's 32.
-      const int group = W::kBits == 8 ? (i ^ swap) * 2 + self.lane % 4 / 2 : self.lane % 4;
+    for (int i = 0; i < (kBytes ? 1 : W::kScales); ++i) {
+      // A group of 32 columns each: two of a load's 64, or one of a lane's 32; of bytes, that of the lane's sums.
+      const int group =
+          W::kBits == 8 && !kBytes ? (i ^ swap) * 2 + self.lane % 4 / 2 : self.lane % 4;
       raw[j].scales[i] = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
     }
     const int next = stage + 1 == self.plan.stages ? 0 : stage + 1;
@@ -240,14 +260,8 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
   meanwhile();
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
-#pragma unroll
-    for (int i = 0; i < W::kScales; ++i) raw[j].scales[i] |= raw[j].scales[i] << 16;
     if (Stage<W>::kSwaps && kRows > 2) SwapBack(swap != 0, &raw[j]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      held[j].fragments[i] = Fragment(raw[j], i);
-      if (W::kScales > 0) Pin(held[j].fragments[i]);
-    }
+    Convert(raw[j], held[j]);
   }
 }
 

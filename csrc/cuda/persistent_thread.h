@@ -69,6 +69,10 @@ struct Thread {
   // registers from one phase to the next.
   __device__ __forceinline__ void Forget() {
     asm volatile("" : "+r"(thread), "+r"(lane), "+r"(warp));
+    // None is negative: dividing them by powers of two takes one instruction then, not three.
+    __builtin_assume(static_cast<uint32_t>(thread) < kWorkers);
+    __builtin_assume(static_cast<uint32_t>(lane) < 32u);
+    __builtin_assume(static_cast<uint32_t>(warp) < kWarps);
   }
 
   // Workers: before they write to the buffer.

@@ -2,6 +2,8 @@
 // finishers.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/persistent_multiply.h"
 #include "cuda/persistent_norm.h"
 #include "cuda/persistent_thread.h"
@@ -44,6 +46,11 @@ class Inputs {
       const int column = (first_ + i / kRows) * kChunk + column_;
       pieces_[i] = AskForPiece(At(i), epoch_, self.Active(i % kRows) && column < in_);
     }
+  }
+
+  // And for what the norm multiplies them by. All blocks ask for the same lines, which should not be when they ask
+  // for inputs.
+  __device__ __forceinline__ void AskForGamma() {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (!kNormed) continue;
@@ -55,9 +62,13 @@ class Inputs {
     }
   }
 
+  // What sums of bytes are to be multiplied by: chunk i's in lane i.
+  __device__ __forceinline__ float Unscale() const { return unscale_; }
+
   // Waits for all of them, and leaves the lane's sums for the norm.
   __device__ __forceinline__ void Stage(Thread<kRows>& self, NormSums<kRows>* norm, int phase,
                                         int layer) {
+    constexpr bool kBytes = TakesBytes<W, kRows>();
     const int place = StagedPlace<W>(self.lane);
     const auto at = [&](int i) { return At(i); };
     __syncwarp();  // what is staged has been read by all lanes
@@ -81,7 +92,16 @@ class Inputs {
             x[1] *= gamma_[j].y * kScale;
             x[2] *= gamma_[j].z * kScale;
             x[3] *= gamma_[j].w * kScale;
-            if (there) StageFour<W>(self, first_ + j, r, place, x);
+            if (kBytes) {
+              if (there) KeepUnscale(self, first_ + j, StageBytesOf(self, 2 * (first_ + j), x));
+            } else if (there) {
+              StageFour<W>(self, first_ + j, r, place, x);
+            }
+          } else if (kBytes) {
+            float x[4];
+            Vector<typename W::Element>::UnpackPair(piece.x, x);
+            Vector<typename W::Element>::UnpackPair(SecondPair(piece), x + 2);
+            if (there) KeepUnscale(self, first_ + j, StageBytesOf(self, first_ + j, x));
           } else if (there) {
             StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
           }
@@ -90,12 +110,25 @@ class Inputs {
       if (kOneChunk) break;
       first_ += kBatch;
       if (first_ >= chunks_) break;
+      AskForGamma();
       Ask(self);
     }
     __syncwarp();
   }
 
  private:
+  // Of one row; of more nobody calls it.
+  __device__ __forceinline__ float StageBytesOf(Thread<1>& self, int line, const float (&x)[4]) {
+    return StageBytes<W>(self, line, x);
+  }
+  template <int kOther>
+  __device__ __forceinline__ float StageBytesOf(Thread<kOther>&, int, const float (&)[4]) {
+    return 0.0f;
+  }
+  __device__ __forceinline__ void KeepUnscale(const Thread<kRows>& self, int chunk, float unscale) {
+    if (kOneChunk || self.lane == chunk) unscale_ = unscale;
+  }
+
   __device__ __forceinline__ const uint4* At(int i) const {
     const int column = column_ + (first_ + i / kRows) * kChunk;
     return from_ + i % kRows * row_pieces_ + (kNormed ? ResidualPiece(column) : column / 4);
@@ -109,6 +142,7 @@ class Inputs {
   int first_ = 0;  // chunk of the batch
   uint4 pieces_[kPieces];
   float4 gamma_[kBatch];
+  float unscale_ = 1.0f;
 };
 
 // A worker's way through the tiles of a product: which stage comes next, and where its sums go.
@@ -118,6 +152,8 @@ class Multiplication {
 
  public:
   static constexpr int kHeld = StagesAtOnce(kRows, kNormed, kOneChunk);
+  static constexpr bool kBytes = TakesBytes<W, kRows>();
+  using Weights = typename std::conditional<kBytes, HeldBytes, Held>::type;
 
   // A group of tiles begins.
   __device__ __forceinline__ void Begin(const Thread<kRows>& self, const Work& work, int tiles) {
@@ -132,42 +168,22 @@ class Multiplication {
   }
   __device__ __forceinline__ int Count() const { return min(kHeld, left_); }
   __device__ __forceinline__ bool Done() const { return left_ <= 0; }
+  __device__ __forceinline__ void SetUnscale(float unscale) { unscale_ = unscale; }
 
   // Without branches, so that the products of all stages are under way at once; what belongs to stages
   // or columns that are not there is not kept.
-  __device__ __forceinline__ void Multiply(const Thread<kRows>& self, const Held (&held)[kHeld]) {
-    const int lane = self.lane;
+  __device__ __forceinline__ void Multiply(const Thread<kRows>& self,
+                                           const Weights (&held)[kHeld]) {
     float sums[kHeld];
     if (kOneChunk) {
-      uint4 x[4];
-      ReadStaged<kNormed>(self, 0, x);
-      if (kRows <= 2) {
-#pragma unroll
-        for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
-      } else {
-#pragma unroll
-        for (int j = 0; j + 1 < kHeld; j += 2) {
-          const float2 two = MultiplyTwo<W>(held[j], held[j + 1], x);
-          sums[j] = two.x;
-          sums[j + 1] = two.y;
-        }
-        if (kHeld % 2 != 0) sums[kHeld - 1] = MultiplyOne<W, kRows>(held[kHeld - 1], x, lane);
-      }
+      MultiplyChunk(self, held, sums);
       // A warp without columns has zeros to give.
       const bool own = self.warp * kSpan < in_;
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) Store(self, j, own ? sums[j] : 0.0f, j < left_);
       to_ += kHeld * kNext;
     } else {
-      int chunk = chunk_;
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) {
-        uint4 x[4];
-        ReadStaged<kNormed>(self, chunk, x);
-        sums[j] = MultiplyOne<W, kRows>(held[j], x, lane);
-        if (chunk * kChunk + self.warp * kSpan >= in_) sums[j] = 0.0f;
-        chunk = chunk + 1 == chunks_ ? 0 : chunk + 1;
-      }
+      MultiplyChunks(self, held, sums);
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         total_ += sums[j];
@@ -182,6 +198,59 @@ class Multiplication {
   }
 
  private:
+  // Sums of stages of the same columns.
+  __device__ __forceinline__ void MultiplyChunk(const Thread<kRows>& self,
+                                                const HeldBytes (&held)[kHeld],
+                                                float (&sums)[kHeld]) const {
+    uint4 x[2];
+    ReadBytes<W>(self, 0, x);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyBytes<W>(held[j], x, self.lane) * unscale_;
+  }
+  __device__ __forceinline__ void MultiplyChunk(const Thread<kRows>& self,
+                                                const Held (&held)[kHeld],
+                                                float (&sums)[kHeld]) const {
+    uint4 x[4];
+    ReadStaged<kNormed>(self, 0, x);
+    if (kRows <= 2) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyOne<W, kRows>(held[j], x, self.lane);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j + 1 < kHeld; j += 2) {
+      const float2 two = MultiplyTwo<W>(held[j], held[j + 1], x);
+      sums[j] = two.x;
+      sums[j + 1] = two.y;
+    }
+    if (kHeld % 2 != 0) sums[kHeld - 1] = MultiplyOne<W, kRows>(held[kHeld - 1], x, self.lane);
+  }
+
+  // Of stages that are chunk after chunk.
+  __device__ __forceinline__ void MultiplyChunks(const Thread<kRows>& self,
+                                                 const Weights (&held)[kHeld],
+                                                 float (&sums)[kHeld]) const {
+    int chunk = chunk_;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      sums[j] = MultiplyOneOf(self, held[j], chunk);
+      if (chunk * kChunk + self.warp * kSpan >= in_) sums[j] = 0.0f;
+      chunk = chunk + 1 == chunks_ ? 0 : chunk + 1;
+    }
+  }
+  __device__ __forceinline__ float MultiplyOneOf(const Thread<kRows>& self, const HeldBytes& held,
+                                                 int chunk) const {
+    uint4 x[2];
+    ReadBytes<W>(self, kNormed ? 2 * chunk : chunk, x);
+    return MultiplyBytes<W>(held, x, self.lane) * __shfl_sync(0xffffffffu, unscale_, chunk);
+  }
+  __device__ __forceinline__ float MultiplyOneOf(const Thread<kRows>& self, const Held& held,
+                                                 int chunk) const {
+    uint4 x[4];
+    ReadStaged<kNormed>(self, chunk, x);
+    return MultiplyOne<W, kRows>(held, x, self.lane);
+  }
+
   static __device__ __forceinline__ int RowOf(const Thread<kRows>& self) {
     return kRows <= 2 ? self.lane % 2 : self.lane % 4;
   }
@@ -193,7 +262,7 @@ class Multiplication {
   int in_, chunks_;
   int left_;   // stages of the group
   int chunk_;  // of the next one
-  float total_;
+  float total_, unscale_;
   float* to_;
 };
 
@@ -209,11 +278,17 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
   self.StampNow(phase, layer, Stamp::kBegin);
   Multiplying multiplication;
   {
-    Held held[Multiplying::kHeld];
+    typename Multiplying::Weights held[Multiplying::kHeld];
     NormSums<kRows> norm;
     Inputs<W, kRows, kNormed, kOneChunk> inputs(
         self, work, phase == kHead ? 0 : layer * self.plan.layer_bytes, epoch);
     const int tiles = min(kRound, work.tiles);
+    // Four numbers more that live while weights are read are too many for several rows.
+    if (kRows == 1) inputs.AskForGamma();
+    const auto ask = [&] {
+      inputs.Ask(self);
+      if (kRows > 1) inputs.AskForGamma();
+    };
     const auto prepare = [&] {
       if (kNormed) norm.Prepare(self.shared, self.warp);
       self.WaitForBuffer();
@@ -225,7 +300,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
       const int stages = min(Multiplying::kHeld, kOneChunk ? tiles : tiles * work.chunks);
       TakeWeights<W, kOneChunk>(self, work, stages, held, [&] {
         prepare();
-        inputs.Ask(self);
+        ask();
       });
       ReleaseWeights(self);
     } else {
@@ -233,13 +308,14 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
       TakeWeights<W, kOneChunk>(self, work, multiplication.Count(), held, [] {});
       // With one row the next copy is worth more than asking at once; with several it is not.
       if (kRows == 1) ReleaseWeights(self);
-      inputs.Ask(self);
+      ask();
       if (kRows > 1) ReleaseWeights(self);
     }
     self.StampNow(phase, layer, Stamp::kWeights);
     // From here on all others wait.
     inputs.Stage(self, &norm, phase, layer);
     self.Forget();
+    multiplication.SetUnscale(inputs.Unscale());
     multiplication.Multiply(self, held);
     self.StampNow(phase, layer, Stamp::kProducts);
     // While the products are under way.
@@ -248,7 +324,7 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
 #pragma unroll 1
   for (int group = 0;;) {
     while (!multiplication.Done()) {
-      Held held[Multiplying::kHeld];
+      typename Multiplying::Weights held[Multiplying::kHeld];
       TakeWeights<W, kOneChunk>(self, work, multiplication.Count(), held, [] {});
       ReleaseWeights(self);
       multiplication.Multiply(self, held);
