@@ -110,8 +110,8 @@ class Inputs {
       if (kOneChunk) break;
       first_ += kBatch;
       if (first_ >= chunks_) break;
-      AskForGamma();
       Ask(self);
+      AskForGamma();
     }
     __syncwarp();
   }
