@@ -217,6 +217,10 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
            column * Line::kColumnBytes;
   };
   typename Line::Raw raw[V];
+  // A row alone fetches the keys of the head that follows in the block, which the thread attends with next.
+  constexpr bool kAhead = M == 1 && V > 1;
+  constexpr int64_t kBytes = V * kWidth * Line::kColumnBytes;
+  const int64_t to_next = args.head.bytes - args.head.values_at;
   const int64_t whole = span.count / kOfLine;
   for (int64_t begin = 0; begin < whole; begin += kLines) {
     const char* values = line_at(begin);
@@ -224,6 +228,11 @@ void ValueTile(const SpanArgs& span, float* part, int64_t part_stride, int64_t c
     for (int64_t line = begin; line < end; ++line, values += stride) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) raw[v] = Line::Load(values + v * kWidth * Line::kColumnBytes);
+      if constexpr (kAhead) {
+        const char* const next = values + to_next;
+#pragma GCC unroll 16
+        for (int64_t b = 0; b < kBytes; b += 64) __builtin_prefetch(next + b, 0, 2);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) AddLine<Line>(raw, weights + m * kRow + line * kUnits, acc[m]);
     }
