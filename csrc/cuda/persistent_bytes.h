@@ -28,8 +28,8 @@ constexpr int kByteLine = kSpan;  // bytes from upper to lower ones
 
 // Stages four numbers of a chunk's columns; returns what the warp's integers are to be multiplied by, which is NaN
 // where a number is not finite.
-template <typename W>
-__device__ __forceinline__ float StageBytes(Thread<1>& self, int line, const float (&x)[4]) {
+template <typename W, int kRows>
+__device__ __forceinline__ float StageBytes(Thread<kRows>& self, int line, const float (&x)[4]) {
   // As bits, of which those of NaN are the largest.
   const auto magnitude = [&](int i) { return __float_as_uint(x[i]) & 0x7fffffffu; };
   const uint32_t largest = max(max(magnitude(0), magnitude(1)), max(magnitude(2), magnitude(3)));

@@ -93,7 +93,7 @@ class Inputs {
             x[2] *= gamma_[j].z * kScale;
             x[3] *= gamma_[j].w * kScale;
             if (kBytes) {
-              if (there) KeepUnscale(self, first_ + j, StageBytesOf(self, 2 * (first_ + j), x));
+              if (there) KeepUnscale(self, first_ + j, StageBytes<W>(self, 2 * (first_ + j), x));
             } else if (there) {
               StageFour<W>(self, first_ + j, r, place, x);
             }
@@ -101,7 +101,7 @@ class Inputs {
             float x[4];
             Vector<typename W::Element>::UnpackPair(piece.x, x);
             Vector<typename W::Element>::UnpackPair(SecondPair(piece), x + 2);
-            if (there) KeepUnscale(self, first_ + j, StageBytesOf(self, first_ + j, x));
+            if (there) KeepUnscale(self, first_ + j, StageBytes<W>(self, first_ + j, x));
           } else if (there) {
             StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
           }
@@ -117,14 +117,6 @@ class Inputs {
   }
 
  private:
-  // Of one row; of more nobody calls it.
-  __device__ __forceinline__ float StageBytesOf(Thread<1>& self, int line, const float (&x)[4]) {
-    return StageBytes<W>(self, line, x);
-  }
-  template <int kOther>
-  __device__ __forceinline__ float StageBytesOf(Thread<kOther>&, int, const float (&)[4]) {
-    return 0.0f;
-  }
   __device__ __forceinline__ void KeepUnscale(const Thread<kRows>& self, int chunk, float unscale) {
     if (kOneChunk || self.lane == chunk) unscale_ = unscale;
   }
@@ -215,15 +207,15 @@ class Multiplication {
     if (kRows <= 2) {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) sums[j] = MultiplyOne<W, kRows>(held[j], x, self.lane);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int j = 0; j + 1 < kHeld; j += 2) {
-      const float2 two = MultiplyTwo<W>(held[j], held[j + 1], x);
-      sums[j] = two.x;
-      sums[j + 1] = two.y;
+      for (int j = 0; j + 1 < kHeld; j += 2) {
+        const float2 two = MultiplyTwo<W>(held[j], held[j + 1], x);
+        sums[j] = two.x;
+        sums[j + 1] = two.y;
+      }
+      if (kHeld % 2 != 0) sums[kHeld - 1] = MultiplyOne<W, kRows>(held[kHeld - 1], x, self.lane);
     }
-    if (kHeld % 2 != 0) sums[kHeld - 1] = MultiplyOne<W, kRows>(held[kHeld - 1], x, self.lane);
   }
 
   // Of stages that are chunk after chunk.
