@@ -44,16 +44,11 @@ struct CacheInt8 {
   }
 };
 
-inline T LoadRow(const float* from, int64_t i, int64_t n) {
-  return i + kWidth <= n ? Vec::Load(from + i)
-                         : Vec::LoadPart(from + i, static_cast<int>(n - i), 0.0f);
-}
-
 // The largest magnitude of a row as 127 steps; NaN if an element is not finite.
 inline float ScaleOf(const float* from, int64_t n) {
   T largest = Vec::Set(0.0f), poison = Vec::Set(0.0f);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const T x = LoadRow(from, i, n);
+    const T x = LoadOfRow(from + i, n - i);
     const T negative = Vec::Sub(Vec::Set(0.0f), x);
     largest = Vec::Max(Vec::Max(x, negative), largest);
     poison = Vec::Add(poison, Vec::Sub(x, x));
@@ -78,7 +73,7 @@ void WriteRow(const float* from, int64_t n, typename C::Element* to, float* scal
   }
   if (whole == n) return;
   typename C::Element rest[kWidth];
-  const T x = LoadRow(from, whole, n);
+  const T x = LoadOfRow(from + whole, n - whole);
   C::Store(rest, C::kScaled ? Vec::Mul(x, factor) : x);
   for (int64_t i = whole; i < n; ++i) to[i] = rest[i - whole];
 }
@@ -100,7 +95,7 @@ void WriteColumns(const float* from, int64_t stride, int64_t n, typename C::Elem
   for (int64_t i = 0; i < n; i += kWidth) {
     T columns[kWidth];
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < kWidth; ++r) columns[r] = LoadRow(from + r * stride, i, n);
+    for (int64_t r = 0; r < kWidth; ++r) columns[r] = LoadOfRow(from + r * stride + i, n - i);
     Vec::Transpose(columns);
     const int64_t count = Min(kWidth, n - i);
     if constexpr (C::kPaired) {
@@ -122,7 +117,7 @@ template <class C>
 void WriteHalves(const float* from, int64_t n, typename C::Element* to, int64_t step) {
   for (int64_t i = 0; i < n; i += kWidth) {
     typename C::Element pairs[2 * kWidth];
-    const T x = LoadRow(from, i, n);
+    const T x = LoadOfRow(from + i, n - i);
     Vec::StoreInt(pairs, C::Pair(x, x));
     for (int64_t k = 0; k < kWidth; ++k) to[(i + k) * step] = pairs[2 * k];
   }
@@ -157,7 +152,8 @@ void WritePaired(const HeadLayout& head, const float* keys, const float* values,
       continue;
     }
     for (int64_t i = 0; i < n; i += kWidth) {
-      Vec::StoreInt(to + 2 * i, C::Pair(LoadRow(row, i, n), LoadRow(row + stride, i, n)));
+      Vec::StoreInt(to + 2 * i,
+                    C::Pair(LoadOfRow(row + i, n - i), LoadOfRow(row + stride + i, n - i)));
     }
     r += 2;
   }
