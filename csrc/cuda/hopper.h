@@ -63,6 +63,27 @@ __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
+// The same, not before `zero`, which is none for the compiler, has been computed.
+__device__ __forceinline__ void BarrierArriveAfter(uint64_t* barrier, uint32_t zero) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(SharedAddress(barrier) + zero)
+               : "memory");
+}
+
+// 16 bytes of shared memory if lanes `shall` have them, else zeros. Lanes that differ take the same way.
+__device__ __forceinline__ uint4 LoadSharedIf(const void* from, bool shall) {
+  uint4 x = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred shall;\n"
+      "setp.ne.s32 shall, %5, 0;\n"
+      "@shall ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+      : "r"(SharedAddress(from)), "r"(static_cast<int>(shall))
+      : "memory");
+  return x;
+}
+
 // Waits for the end of the phase of that parity.
 __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(

@@ -149,5 +149,18 @@ __device__ inline float Exp2(float x) {
   return y;
 }
 
+// Of normal numbers, to 2^-22 and to a unit in the last place: a power of two comes in and out without care for
+// denormal ones.
+__device__ inline float Log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace cuda
 }  // namespace fastgen

@@ -202,7 +202,8 @@ Places PlacesOf(const PersistentArgs& args) {
   p.split_values = p.qkv + 3 * row;
   p.split_stats = p.split_values + kMaxSplits * row;
   p.attended = p.split_stats + kMaxSplits * kPersistentRows * args.heads;
-  p.wide = p.attended + row;
+  p.wide = p.attended + row;  // the only row's parts lie there as rows would
+  static_assert(kMaxJoins <= kPersistentRows, "places of rows");
   p.bests = p.wide + kPersistentRows * args.intermediate / 4;
   p.sums = p.bests + kPersistentRows * kMaxBlocks;
   p.listed = p.sums + 2 * kPersistentRows * kMaxBlocks * kMaxFinisherWarps;
@@ -272,7 +273,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   }
   const bool scaled = args.dtype == DType::kInt8 || args.dtype == DType::kInt4;
   plan->hurry = scaled || layer_stages > plan->stages ? 1 : 0;
-  plan->pace = plan->hurry != 0 ? 0 : 1050;
+  plan->pace = plan->hurry != 0 ? 0 : 975;
   // Where rows are in chunks there are so many copies of scales that one warp would not get through them in time.
   plan->copiers = scaled && narrow_chunks > 1 ? 2 : 1;
   if (h % kSpan != 0 || wide % kSpan != 0) plan->clear = plan->stages * StageBytes(args.dtype);

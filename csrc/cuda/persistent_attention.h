@@ -1,6 +1,7 @@
 // Attention of the persistent kernel. A unit is a row, a head and a part of the row's positions, a split;
 // a block takes a unit, its workers take positions, and its finishers put them together. Who has the
-// first split of a row and head then puts the splits together. Keys and values that are in the cache
+// first split of a row and head then puts the splits together; or the next product's workers do, each for
+// itself, where there are few: that is a way from block to block less. Keys and values that are in the cache
 // are on their way before the query is there; those of the newest position come from the exchange, and
 // the unit that sees them writes them to the cache.
 #pragma once
@@ -13,8 +14,9 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// Loads of keys, and of values, that a thread holds: the fewer where a round of them is all of a unit.
-constexpr int kFewLoads = 4, kManyLoads = 8;
+// Loads of keys, and of values, that a thread holds: the fewer where a round of them is all of a unit. The least only
+// with one row, whose positions many blocks share.
+constexpr int kLeastLoads = 2, kFewLoads = 4, kManyLoads = 8;
 
 // Units of attention, counted from the last block down: the first have the most outputs to compute.
 struct Unit {
@@ -59,7 +61,9 @@ __device__ __forceinline__ int RoundOf(const Plan& plan, int loads) {
 
 template <int kRows>
 __device__ __forceinline__ int LoadsOf(const Thread<kRows>& self, const Unit& unit) {
-  return unit.end - unit.begin <= RoundOf(self.plan, kFewLoads) ? kFewLoads : kManyLoads;
+  const int positions = unit.end - unit.begin;
+  if (kRows == 1 && positions <= RoundOf(self.plan, kLeastLoads)) return kLeastLoads;
+  return positions <= RoundOf(self.plan, kFewLoads) ? kFewLoads : kManyLoads;
 }
 
 // A thread's key of the warp's positions from `first` on, in the first layer: `lanes` lanes hold a
@@ -115,10 +119,11 @@ __device__ __forceinline__ void PrefetchUnits(const Thread<kRows>& self, int lay
   }
 }
 
-// How a warp reads keys and values: kLanes lanes hold a position.
-template <int kLanes_, int kLoads_>
+// How a warp reads keys and values: kLanes lanes hold a position, and all of a unit is one round (kOnce) or more.
+template <int kLanes_, int kLoads_, bool kOnce_>
 struct Reading {
   static constexpr int kLanes = kLanes_, kLoads = kLoads_;
+  static constexpr bool kOnce = kOnce_;
   static constexpr int kStep = 32 / kLanes;          // positions of a load
   static constexpr int kSpan = kLoads * kStep;       // of a warp
   static constexpr int kRoundSpan = kWarps * kSpan;  // of a block
@@ -229,7 +234,7 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
       }
       scores[i] = a + b;
     }
-    const bool more = next < unit.end;
+    const bool more = !R::kOnce && next < unit.end;
     const char* next_keys = nullptr;
     if (more && next < unit.end - (unit.newest ? 1 : 0)) {
       next_keys = KeyAt(self, unit, next, kLanes) + in_page;
@@ -253,10 +258,12 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
     }
     // Nothing yet: all weights are exp2(-inf), which must not meet another -inf.
     const float base = greatest == -Infinity() ? 0.0f : greatest;
-    const float keep = Exp2(max - base);
-    sum *= keep;
+    if (!R::kOnce) {
+      const float keep = Exp2(max - base);
+      sum *= keep;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) result[e] *= keep;
+      for (int e = 0; e < 8; ++e) result[e] *= keep;
+    }
 #pragma unroll
     for (int i = 0; i < R::kLoads; ++i) {
       const float p = Exp2(scores[i] - base);
@@ -294,17 +301,42 @@ __device__ __forceinline__ void RunUnit(Thread<kRows>& self, const Unit& unit,
   if (holds) StoreNewest(self, unit, layer, dim, new_k, new_v);
 }
 
-// Publishes four numbers of an attended row, from `x` and what they are to be divided by.
-template <typename W, int kRows>
-__device__ __forceinline__ void PublishAttended(const Thread<kRows>& self, const Unit& unit,
-                                                uint32_t epoch, const float (&x)[4], float sum) {
+// By code for as many positions as there are: what it does not have it does not jump over, and one row's step
+// waits for it.
+template <typename T, int kLanes, int kRows>
+__device__ __forceinline__ void RunUnitOf(Thread<kRows>& self, const Unit& unit,
+                                          const char* first_key, int layer) {
+  const int loads = LoadsOf(self, unit);
+  if (kRows == 1 && loads == kLeastLoads) {
+    RunUnit<T, Reading<kLanes, kLeastLoads, true>>(self, unit, first_key, layer);
+  } else if (loads == kFewLoads) {
+    RunUnit<T, Reading<kLanes, kFewLoads, true>>(self, unit, first_key, layer);
+  } else if (kRows == 1 && unit.end - unit.begin <= RoundOf(self.plan, kManyLoads)) {
+    RunUnit<T, Reading<kLanes, kManyLoads, true>>(self, unit, first_key, layer);
+  } else {
+    RunUnit<T, Reading<kLanes, kManyLoads, false>>(self, unit, first_key, layer);
+  }
+}
+
+// Four numbers of an attended row, as the next product takes them: `x` over `sum`. The third number of the piece is
+// `mass`, the logarithm of the sum of exponentials of scores where the row's parts are put together by who reads them.
+template <typename W>
+__device__ __forceinline__ uint4 AttendedPiece(const float (&x)[4], float sum, float mass,
+                                               uint32_t epoch) {
   using T = typename W::Element;
+  const float each = Reciprocal(sum) * (1.0f / W::kUnit);
+  return make_uint4(RoundPairFinite<T>(x[0] * each, x[1] * each),
+                    RoundPairFinite<T>(x[2] * each, x[3] * each), __float_as_uint(mass), epoch);
+}
+
+// Its place; that of part i is where row i would have it.
+template <int kRows>
+__device__ __forceinline__ uint4* AttendedAt(const Thread<kRows>& self, const Unit& unit,
+                                             int part) {
   const Plan& plan = self.plan;
-  const float each = __fdividef(1.0f / W::kUnit, sum);
-  StoreWhole(plan.exchange + plan.products[kOut].source +
-                 (unit.row * plan.hidden + unit.head * plan.head_size) / 4 + self.thread,
-             make_uint4(RoundPairFinite<T>(x[0] * each, x[1] * each),
-                        RoundPairFinite<T>(x[2] * each, x[3] * each), 0, epoch));
+  const int row = unit.row + part;
+  return plan.exchange + plan.products[kOut].source +
+         (row * plan.hidden + unit.head * plan.head_size) / 4 + self.thread;
 }
 
 // The places of a split's four numbers, and of its maximum and sum.
@@ -328,7 +360,18 @@ __device__ __forceinline__ uint4* SplitStats(const Thread<kRows>& self, const Un
 template <typename W, int kRows>
 __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit, int layer) {
   const Plan& plan = self.plan;
+  const RowState& row = self.shared.rows[unit.row];
   const uint32_t epoch = self.epoch + static_cast<uint32_t>(layer) + 1u;
+  // A lane has four numbers of the result; there are at most 128.
+  const int d = self.thread * 4;
+  uint32_t own = d < plan.head_size ? 1 : 0;
+  // All that can be known before sums are there. After that all others wait, for code without jumps, too: what comes
+  // next is fetched ahead.
+  uint32_t direct = row.splits == row.joins ? 1 : 0;
+  uint32_t joined = row.joins > 1 ? 1 : 0;
+  uint4* to =
+      direct != 0 ? AttendedAt(self, unit, unit.split) : SplitValues(self, unit, unit.split);
+  asm volatile("" : "+l"(to), "+r"(own), "+r"(direct), "+r"(joined));
   self.PassBuffer();
   float maxima[kWarps], sums[kWarps];
   const float4* const stats =
@@ -343,14 +386,12 @@ __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit
   const float max = fmaxf(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])),
                           fmaxf(fmaxf(maxima[4], maxima[5]), fmaxf(maxima[6], maxima[7])));
   float sum = 0.0f;
-  // A lane has four numbers of the result; there are at most 128.
-  const int d = self.thread * 4;
   float x[4] = {};
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const float weight = Exp2(maxima[w] - max);
     sum = fmaf(weight, sums[w], sum);
-    if (d >= plan.head_size) continue;
+    if (own == 0) continue;
     const float4 part = *reinterpret_cast<const float4*>(self.shared.attended[self.buffer][w] + d);
     x[0] = fmaf(weight, part.x, x[0]);
     x[1] = fmaf(weight, part.y, x[1]);
@@ -358,19 +399,25 @@ __device__ __forceinline__ void FinishUnit(Thread<kRows>& self, const Unit& unit
     x[3] = fmaf(weight, part.w, x[3]);
   }
   self.StampNow(kAttention, layer, Stamp::kSums, x[0]);
-  if (self.shared.rows[unit.row].splits == 1) {
-    if (d < plan.head_size) PublishAttended<W>(self, unit, epoch, x, sum);
-  } else {
-    if (d < plan.head_size) {
-      StoreWhole(SplitValues(self, unit, unit.split), PackPiece(x[0], x[1], x[2], x[3], epoch));
-    }
+  const float mass = kRows == 1 && joined != 0 ? max + Log2(sum) : 0.0f;
+  const uint4 piece = AttendedPiece<W>(x, sum, mass, epoch);
+  if (own & direct) StoreWhole(to, piece);
+  self.ReturnBuffer();
+  if (direct == 0) {
+    if (own != 0) StoreWhole(to, PackPiece(x[0], x[1], x[2], x[3], epoch));
     if (self.thread == 0) {
       StoreWhole(SplitStats(self, unit, unit.split),
                  make_uint4(__float_as_uint(max), __float_as_uint(sum), 0, epoch));
     }
   }
-  self.ReturnBuffer();
   self.StampNow(kAttention, layer, Stamp::kEnd);
+}
+
+// Whether a block with that unit puts the row's and head's splits together.
+template <int kRows>
+__device__ __forceinline__ bool Merges(const Thread<kRows>& self, const Unit& unit) {
+  const RowState& row = self.shared.rows[unit.row];
+  return unit.split == 0 && row.splits > row.joins;
 }
 
 // Puts together the splits of a row and head, in their order.
@@ -407,7 +454,7 @@ __device__ __forceinline__ void MergeSplits(const Thread<kRows>& self, const Uni
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] = fmaf(more[e], weight, x[e]);
   }
-  if (own) PublishAttended<W>(self, unit, epoch, x, sum);
+  if (own) StoreWhole(AttendedAt(self, unit, 0), AttendedPiece<W>(x, sum, 0.0f, epoch));
 }
 
 // The block's first unit, if it is `there`, and the thread's first key of it.
@@ -420,15 +467,10 @@ __device__ __forceinline__ void WorkOnAttention(Thread<kRows>& self, bool there,
 #pragma unroll 1
   while (there) {
     self.StampNow(kAttention, layer, Stamp::kBegin);
-    const bool narrow = LanesOf(self.plan) == 8, few = LoadsOf(self, unit) == kFewLoads;
-    if (narrow && few) {
-      RunUnit<T, Reading<8, kFewLoads>>(self, unit, first_key, layer);
-    } else if (narrow) {
-      RunUnit<T, Reading<8, kManyLoads>>(self, unit, first_key, layer);
-    } else if (few) {
-      RunUnit<T, Reading<16, kFewLoads>>(self, unit, first_key, layer);
+    if (LanesOf(self.plan) == 8) {
+      RunUnitOf<T, 8>(self, unit, first_key, layer);
     } else {
-      RunUnit<T, Reading<16, kManyLoads>>(self, unit, first_key, layer);
+      RunUnitOf<T, 16>(self, unit, first_key, layer);
     }
     index += static_cast<int>(gridDim.x);
     there = FindUnit(self, index, &unit);
@@ -444,16 +486,14 @@ __device__ __forceinline__ void FinishAttention(Thread<kRows>& self, int layer) 
   for (int index = FirstUnit(); FindUnit(self, index, &unit);
        index += static_cast<int>(gridDim.x)) {
     FinishUnit<W>(self, unit, layer);
-    merges = merges || (unit.split == 0 && self.shared.rows[unit.row].splits > 1);
+    merges = merges || Merges(self, unit);
   }
   // Not before all units of the block are there for those who wait for them.
   if (!merges) return;
 #pragma unroll 1
   for (int index = FirstUnit(); FindUnit(self, index, &unit);
        index += static_cast<int>(gridDim.x)) {
-    if (unit.split == 0 && self.shared.rows[unit.row].splits > 1) {
-      MergeSplits<W>(self, unit, layer);
-    }
+    if (Merges(self, unit)) MergeSplits<W>(self, unit, layer);
   }
 }
 

@@ -1,10 +1,10 @@
 // Products of integer weights with one row of the persistent kernel, on the matrix units for bytes: weights
 // as they are, and activations as sums of two signed bytes.
 //
-// A warp's 128 columns of a row share a power of two by which they become integers of 15 bits; an integer is
-// its upper byte, rounded, times 256 and its lower byte. So products and sums over a group of 32 columns are
-// exact, and a group's scale comes after them: weights need no conversion, where numbers of 16 bits took some
-// 14 instructions for 8 of them.
+// The columns of a row that a warp stages at once share a power of two by which they become integers of 15 bits;
+// an integer is its upper byte, rounded, times 256 and its lower byte. So products and sums over a group of 32
+// columns are exact, and a group's scale comes after them: weights need no conversion, where numbers of 16 bits
+// took some 14 instructions for 8 of them.
 //
 // Of mma.m16n8k32 the left operand's upper 8 rows are a tile's outputs, and the lower 8 the same with int8,
 // whose second 16 bytes of a lane go there. The right operand's columns are pairs of bytes of a group of
@@ -26,18 +26,33 @@ __host__ __device__ constexpr bool TakesBytes() {
 
 constexpr int kByteLine = kSpan;  // bytes from upper to lower ones
 
-// Stages four numbers of a chunk's columns; returns what the warp's integers are to be multiplied by, which is NaN
-// where a number is not finite.
-template <typename W, int kRows>
-__device__ __forceinline__ float StageBytes(Thread<kRows>& self, int line, const float (&x)[4]) {
-  // As bits, of which those of NaN are the largest.
+// The greatest magnitude of four numbers, as bits, of which those of NaN are the largest.
+__device__ __forceinline__ uint32_t LargestBits(const float (&x)[4]) {
   const auto magnitude = [&](int i) { return __float_as_uint(x[i]) & 0x7fffffffu; };
-  const uint32_t largest = max(max(magnitude(0), magnitude(1)), max(magnitude(2), magnitude(3)));
-  const uint32_t exponent = max(__reduce_max_sync(0xffffffffu, largest) >> 23, 14u);
-  const float up = __uint_as_float((267u - exponent) << 23);  // below 2^14
+  return max(max(magnitude(0), magnitude(1)), max(magnitude(2), magnitude(3)));
+}
+
+// How numbers of a warp become integers below 2^14, and what those are to be multiplied by: NaN where a number is not
+// finite.
+struct ByteScale {
+  float up, down;
+
+  // Of the lane's largest number; the whole warp takes part.
+  __device__ __forceinline__ explicit ByteScale(uint32_t largest) {
+    const uint32_t exponent = max(__reduce_max_sync(0xffffffffu, largest) >> 23, 14u);
+    up = __uint_as_float((267u - exponent) << 23);
+    down =
+        exponent == 255u ? __uint_as_float(0x7fc00000u) : __uint_as_float((exponent - 13u) << 23);
+  }
+};
+
+// Stages four numbers of a chunk's columns, if there are any.
+template <typename W, int kRows>
+__device__ __forceinline__ void StageBytes(Thread<kRows>& self, int line, const float (&x)[4],
+                                           const ByteScale& scale, bool there) {
   uint32_t q[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(x[i], up, 12582912.0f));
+  for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(x[i], scale.up, 12582912.0f));
   const uint32_t lower =
       __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
 #pragma unroll
@@ -45,6 +60,7 @@ __device__ __forceinline__ float StageBytes(Thread<kRows>& self, int line, const
   const uint32_t upper =
       __byte_perm(__byte_perm(q[0], q[1], 0x0051), __byte_perm(q[2], q[3], 0x0051), 0x5410);
   char* const to = self.activations + line * kLine;
+  if (!there) return;
   if (W::kBits == 8) {
     *reinterpret_cast<uint32_t*>(to + self.lane * 4) = upper;
     *reinterpret_cast<uint32_t*>(to + kByteLine + self.lane * 4) = lower;
@@ -58,7 +74,6 @@ __device__ __forceinline__ float StageBytes(Thread<kRows>& self, int line, const
     store(place, upper);
     store(place + kByteLine, lower);
   }
-  return exponent == 255u ? __uint_as_float(0x7fc00000u) : __uint_as_float((exponent - 13u) << 23);
 }
 
 // The activations that this lane multiplies, of a line.
@@ -66,14 +81,12 @@ template <typename W>
 __device__ __forceinline__ void ReadBytes(const Thread<1>& self, int line, uint4 (&x)[2]) {
   const int column = self.lane / 4, member = self.lane % 4;
   const char* const from = self.activations + line * kLine + column % 2 * kByteLine;
-  x[0] = x[1] = make_uint4(0, 0, 0, 0);
   if (W::kBits == 8) {
-    if (column / 2 % 2 != member / 2) return;
-    x[0] = *reinterpret_cast<const uint4*>(from + column / 4 * 64 + member * 16);
+    x[0] = LoadSharedIf(from + column / 4 * 64 + member * 16, column / 2 % 2 == member / 2);
+    x[1] = make_uint4(0, 0, 0, 0);
   } else {
-    if (column / 2 != member) return;
-    x[0] = *reinterpret_cast<const uint4*>(from + member * 32);
-    x[1] = *reinterpret_cast<const uint4*>(from + member * 32 + 16);
+    x[0] = LoadSharedIf(from + member * 32, column / 2 == member);
+    x[1] = LoadSharedIf(from + member * 32 + 16, column / 2 == member);
   }
 }
 

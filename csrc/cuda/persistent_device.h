@@ -51,6 +51,8 @@ constexpr int kRound = 4;               // tiles of a group, at most
 constexpr int kMaxChunks = 32;          // a lane each
 constexpr int kMaxStages = 40;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
+constexpr int kMaxJoins =
+    4;  // of a step's only row, that those who read the attended row put together
 constexpr int kMaxHeadSize = 128;
 constexpr int kMaxBlocks = 256;
 // Pieces from a tile's two to the next tile's in the places of the residual stream. A block has one tile
@@ -188,6 +190,7 @@ struct Plan {
   MassScale scale;
   SampleArgs choice;
   int64_t* stamps;
+  uint32_t zero;  // that the compiler does not know: ReleaseWeights()
 };
 
 struct RowState {
@@ -195,6 +198,7 @@ struct RowState {
   int32_t position;  // of the newest token; -1: the row has none
   int32_t token;
   int32_t splits, span;  // parts that its positions are cut into, and positions of a part
+  int32_t joins;         // parts that those who read the attended row put together, all or one
 };
 
 // Partial sums of an output: with up to two rows a warp has two, of half of its columns each.

@@ -28,7 +28,10 @@ __device__ __forceinline__ void UnpackPiece(const uint4& piece, float* x) {
 }
 
 // The piece of number n of a row of the residual stream.
-__device__ __forceinline__ int ResidualPiece(int n) { return n / kTile * kTileStride + n / 4 % 2; }
+__device__ __forceinline__ int ResidualPiece(int n) {
+  const uint32_t i = static_cast<uint32_t>(n);  // whose division is a shift
+  return static_cast<int>(i / kTile * kTileStride + i / 4 % 2);
+}
 
 // Four neighbouring lanes hold four numbers; the first of them writes the piece, if it shall.
 __device__ __forceinline__ void Publish(uint4* to, float x, uint32_t epoch, bool shall) {

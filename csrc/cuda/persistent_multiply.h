@@ -82,9 +82,9 @@ __device__ __forceinline__ void StageTwoPairs(Thread<kRows>& self, int chunk, in
 
 // The 8 columns of a fragment that this lane multiplies, of a line.
 template <int kRows>
-__device__ __forceinline__ uint4 StagedEight(const Thread<kRows>& self, int line, int fragment) {
-  return *reinterpret_cast<const uint4*>(self.activations + line * kLine +
-                                         (fragment ^ (line & 1)) * 64 + self.lane % 4 * 16);
+__device__ __forceinline__ const char* StagedEight(const Thread<kRows>& self, int line,
+                                                   int fragment) {
+  return self.activations + line * kLine + (fragment ^ (line & 1)) * 64 + self.lane % 4 * 16;
 }
 
 // The activations of a chunk as the matrix units take them: fragments of this lane's half, or all. A
@@ -98,8 +98,8 @@ __device__ __forceinline__ void ReadStaged(const Thread<kRows>& self, int chunk,
   const int line = kTwoParts ? 2 * kRows * chunk + column : kRows * chunk + column / 2;
 #pragma unroll
   for (int i = 0; i < (kRows <= 2 ? 2 : 4); ++i) {
-    x[i] = make_uint4(0, 0, 0, 0);
-    if (kTwoParts || column % 2 == 0) x[i] = StagedEight(self, line, first + i);
+    const char* const from = StagedEight(self, line, first + i);
+    x[i] = kTwoParts ? *reinterpret_cast<const uint4*>(from) : LoadSharedIf(from, column % 2 == 0);
   }
 }
 
@@ -238,6 +238,7 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
                         self.warp * (kSpan / kGroup) * 2;
   int stage = self.stage;
   Raw<W> raw[kHeld];
+  uint32_t read = 0;  // something of each load
   // The last stage of a batch that is shorter is read again and again: it costs less than not to.
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
@@ -253,10 +254,15 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
           W::kBits == 8 && !kBytes ? (i ^ swap) * 2 + self.lane % 4 / 2 : self.lane % 4;
       raw[j].scales[i] = *reinterpret_cast<const uint16_t*>(from + at_scales + group * 2);
     }
+#pragma unroll
+    for (int i = 0; i < W::kLoads; ++i) read |= raw[j].weights[i].w;
+#pragma unroll
+    for (int i = 0; i < (kBytes ? 1 : W::kScales); ++i) read |= raw[j].scales[i];
     const int next = stage + 1 == self.plan.stages ? 0 : stage + 1;
     if (j + 1 < count) stage = next;
     if (j + 1 == count) self.stage = next;
   }
+  self.read = read;
   meanwhile();
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
@@ -265,12 +271,12 @@ __device__ __forceinline__ void TakeWeights(Thread<kRows>& self, const Work& wor
   }
 }
 
-// Lets the batch that has been taken be written over. What the warp has read of it may still be on its way:
-// reads that wait behind others are overtaken by the arrival, and the bulk engine does not queue.
+// Lets the batch that has been taken be written over. What the warp has read of it may still be on its way: reads that
+// wait behind others are overtaken by the arrival, and the bulk engine does not queue. So where the barrier lies is made
+// to depend on all that has been read. A fence would wait for what is read from the other memory, too.
 template <int kRows>
 __device__ __forceinline__ void ReleaseWeights(Thread<kRows>& self) {
-  FenceForBulkEngine();
-  BarrierArrive(self.shared.empty + self.batch);
+  BarrierArriveAfter(self.shared.empty + self.batch, self.read & self.plan.zero);
   if (++self.batch == kMaxStages) {
     self.batch = 0;
     self.batch_parity ^= 1u;

@@ -11,17 +11,23 @@ namespace fastgen {
 namespace cuda {
 namespace persistent {
 
-// A position holds its token and all before it, so parts follow from the number of positions. Up to
-// `whole` of them a block takes in one round, which is sooner done than putting parts together.
+// A position holds its token and all before it, so parts follow from the number of positions. Where those who read
+// the attended row may put up to `joins` parts together, a part is a page or more, and a round of a block at most.
+// Else a block takes up to `whole` positions in one round, which is sooner done than what has parts put together by
+// one who then writes the row.
 template <int kRows>
-__device__ __forceinline__ void CutRow(RowState* row, int whole) {
+__device__ __forceinline__ void CutRow(RowState* row, int whole, int joins) {
   constexpr int kPart = 128;  // positions that are worth a block of their own
   const int positions = row->position + 1;
-  const int wanted =
-      positions <= whole ? 1 : min(kMaxSplits / kRows, (positions + kPart - 1) / kPart);
+  const bool joined = joins > 1 && positions <= joins * whole;
+  const int wanted = joined ? min(joins, (positions + kPage - 1) / kPage)
+                     : positions <= whole
+                         ? 1
+                         : min(kMaxSplits / kRows, (positions + kPart - 1) / kPart);
   const int span = (positions + wanted - 1) / wanted;
   row->span = max(1, (span + kPage - 1) / kPage) * kPage;
   row->splits = max(1, (positions + row->span - 1) / row->span);
+  row->joins = joined ? row->splits : 1;
 }
 
 // What the block has to know of the step, read by its first warps.
@@ -29,7 +35,7 @@ template <typename W, int kRows>
 __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared) {
   const int i = threadIdx.x;
   if (i < kRows) {
-    RowState row = {nullptr, -1, 0, 1, kPage};
+    RowState row = {nullptr, -1, 0, 1, kPage, 1};
     if (i < plan.rows) {
       const Row here = plan.row_list[i];
       if (here.slot >= 0) {
@@ -40,7 +46,8 @@ __device__ __forceinline__ void ReadStep(const Plan& plan, Shared<kRows>& shared
         if (row.position >= 0) row.token = slot.tokens[row.position];
       }
     }
-    CutRow<kRows>(&row, RoundOf(plan, kManyLoads));
+    const int joins = kRows == 1 && plan.hidden <= kChunk ? kMaxJoins : 1;
+    CutRow<kRows>(&row, RoundOf(plan, kManyLoads), joins);
     shared.rows[i] = row;
   }
   if (i == 32) {

@@ -50,6 +50,7 @@ struct Thread {
   // Of the ring: the stage and the batch that come next.
   int stage = 0, batch = 0;
   uint32_t batch_parity = 0;
+  uint32_t read = 0;  // something of each load of the last batch
 
   __device__ __forceinline__ bool Active(int row) const { return (active >> row & 1u) != 0; }
 

@@ -25,8 +25,10 @@ __host__ __device__ constexpr int ChunksAtOnce() {
 template <typename W, int kRows, bool kNormed, bool kOneChunk>
 class Inputs {
   static constexpr int kBatch = ChunksAtOnce<kRows, kNormed, kOneChunk>();
-  static constexpr int kPieces = kBatch * kRows;
+  static constexpr bool kJoins = kRows == 1 && !kNormed && kOneChunk;  // attention's output
+  static constexpr int kPieces = kJoins ? kMaxJoins : kBatch * kRows;
   static constexpr float kScale = 1.0f / W::kUnit;
+  static constexpr bool kBytes = TakesBytes<W, kRows>();
 
  public:
   __device__ __forceinline__ Inputs(const Thread<kRows>& self, const Work& work, int64_t behind,
@@ -37,14 +39,16 @@ class Inputs {
         in_(work.in),
         chunks_(work.chunks),
         from_(work.source),
+        joins_(kJoins ? self.shared.rows[0].joins : 1),
         gamma_from_(kNormed ? Behind(work.gamma, behind) : nullptr) {}
 
-  // Asks for a batch of chunks, row by row.
+  // Asks for a batch of chunks, row by row; or for a row's parts.
   __device__ __forceinline__ void Ask(const Thread<kRows>& self) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int column = (first_ + i / kRows) * kChunk + column_;
-      pieces_[i] = AskForPiece(At(i), epoch_, self.Active(i % kRows) && column < in_);
+      const int column = (kJoins ? 0 : first_ + i / kRows) * kChunk + column_;
+      const bool wanted = kJoins ? i < joins_ : self.Active(i % kRows);
+      pieces_[i] = AskForPiece(At(i), epoch_, wanted && column < in_);
     }
   }
 
@@ -68,7 +72,6 @@ class Inputs {
   // Waits for all of them, and leaves the lane's sums for the norm.
   __device__ __forceinline__ void Stage(Thread<kRows>& self, NormSums<kRows>* norm, int phase,
                                         int layer) {
-    constexpr bool kBytes = TakesBytes<W, kRows>();
     const int place = StagedPlace<W>(self.lane);
     const auto at = [&](int i) { return At(i); };
     __syncwarp();  // what is staged has been read by all lanes
@@ -76,36 +79,10 @@ class Inputs {
     for (;;) {
       WaitForPieces(pieces_, at, epoch_);
       self.StampNow(phase, layer, Stamp::kInputs, __uint_as_float(pieces_[0].x));
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const bool there = kOneChunk || first_ + j < chunks_;
-        const bool own = (first_ + j) * kChunk + column_ < in_;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const uint4& piece = pieces_[j * kRows + r];
-          if (kNormed) {
-            float x[4];
-            UnpackPiece(piece, x);
-            if (j == 0 && (kOneChunk || first_ == 0)) norm->Begin(r, x);
-            norm->Add(r, x, own);
-            x[0] *= gamma_[j].x * kScale;
-            x[1] *= gamma_[j].y * kScale;
-            x[2] *= gamma_[j].z * kScale;
-            x[3] *= gamma_[j].w * kScale;
-            if (kBytes) {
-              if (there) KeepUnscale(self, first_ + j, StageBytes<W>(self, 2 * (first_ + j), x));
-            } else if (there) {
-              StageFour<W>(self, first_ + j, r, place, x);
-            }
-          } else if (kBytes) {
-            float x[4];
-            Vector<typename W::Element>::UnpackPair(piece.x, x);
-            Vector<typename W::Element>::UnpackPair(SecondPair(piece), x + 2);
-            if (there) KeepUnscale(self, first_ + j, StageBytes<W>(self, first_ + j, x));
-          } else if (there) {
-            StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
-          }
-        }
+      if (kBytes && !kNormed) {
+        StageByteChunks(self);
+      } else {
+        StageChunks(self, norm, place);
       }
       if (kOneChunk) break;
       first_ += kBatch;
@@ -117,11 +94,95 @@ class Inputs {
   }
 
  private:
-  __device__ __forceinline__ void KeepUnscale(const Thread<kRows>& self, int chunk, float unscale) {
-    if (kOneChunk || self.lane == chunk) unscale_ = unscale;
+  // A batch of one row's chunks that are not normed, as bytes: those of a warp share a scale.
+  __device__ __forceinline__ void StageByteChunks(Thread<kRows>& self) {
+    float x[kBatch][4];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (kJoins && joins_ > 1) {
+        JoinParts(x[j]);
+      } else {
+        Vector<typename W::Element>::UnpackPair(pieces_[j].x, x[j]);
+        Vector<typename W::Element>::UnpackPair(SecondPair(pieces_[j]), x[j] + 2);
+      }
+      largest = max(largest, LargestBits(x[j]));
+    }
+    const ByteScale scale(largest);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      StageBytes<W>(self, first_ + j, x[j], scale, kOneChunk || first_ + j < chunks_);
+    }
+    const uint32_t chunk = static_cast<uint32_t>(self.lane - first_);
+    if (kOneChunk || chunk < kBatch) unscale_ = scale.down;
+  }
+
+  // Others.
+  __device__ __forceinline__ void StageChunks(Thread<kRows>& self, NormSums<kRows>* norm,
+                                              int place) {
+    if (kJoins && joins_ > 1) {
+      float x[4];
+      JoinParts(x);
+      pieces_[0] = make_uint4(RoundPairFinite<typename W::Element>(x[0], x[1]),
+                              RoundPairFinite<typename W::Element>(x[2], x[3]), 0, 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const bool there = kOneChunk || first_ + j < chunks_;
+      const bool own = (first_ + j) * kChunk + column_ < in_;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const uint4& piece = pieces_[j * kRows + r];
+        if (!kNormed) {
+          if (there) StageTwoPairs<W>(self, first_ + j, r, place, piece.x, SecondPair(piece));
+          continue;
+        }
+        float x[4];
+        UnpackPiece(piece, x);
+        if (j == 0 && (kOneChunk || first_ == 0)) norm->Begin(r, x);
+        norm->Add(r, x, own);
+        x[0] *= gamma_[j].x * kScale;
+        x[1] *= gamma_[j].y * kScale;
+        x[2] *= gamma_[j].z * kScale;
+        x[3] *= gamma_[j].w * kScale;
+        if (kBytes) {
+          const ByteScale scale(LargestBits(x));
+          StageBytes<W>(self, 2 * (first_ + j), x, scale, there);
+          if (kOneChunk || self.lane == first_ + j) unscale_ = scale.down;
+        } else if (there) {
+          StageFour<W>(self, first_ + j, r, place, x);
+        }
+      }
+    }
+  }
+
+  // Puts the parts of an attended row together: AttendedPiece().
+  __device__ __forceinline__ void JoinParts(float (&x)[4]) const {
+    using T = typename W::Element;
+    float mass[kPieces], total = 0.0f;
+    float most = __uint_as_float(pieces_[0].z);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      mass[i] = i < joins_ ? __uint_as_float(pieces_[i].z) : -Infinity();
+      most = fmaxf(most, mass[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const float weight = Exp2(mass[i] - most);
+      float part[4];
+      Vector<T>::UnpackPair(pieces_[i].x, part);
+      Vector<T>::UnpackPair(pieces_[i].y, part + 2);
+      total += weight;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = i == 0 ? weight * part[e] : fmaf(weight, part[e], x[e]);
+    }
+    const float each = Reciprocal(total);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= each;
   }
 
   __device__ __forceinline__ const uint4* At(int i) const {
+    if (kJoins) return from_ + i * row_pieces_ + column_ / 4;
     const int column = column_ + (first_ + i / kRows) * kChunk;
     return from_ + i % kRows * row_pieces_ + (kNormed ? ResidualPiece(column) : column / 4);
   }
@@ -130,6 +191,7 @@ class Inputs {
   const int column_;  // the lane's, of a chunk
   const int row_pieces_, in_, chunks_;
   const uint4* const from_;
+  const int joins_;
   const float* const gamma_from_;
   int first_ = 0;  // chunk of the batch
   uint4 pieces_[kPieces];
@@ -312,7 +374,10 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
     self.StampNow(phase, layer, Stamp::kProducts);
     // While the products are under way.
     if (kNormed) StoreNorm(self, norm);
+    // Here where they are all, not behind the loop: that would be a jump, and all others wait.
+    if (kOneChunk && multiplication.Done()) self.PassBuffer();
   }
+  bool passed = kOneChunk && multiplication.Done();
 #pragma unroll 1
   for (int group = 0;;) {
     while (!multiplication.Done()) {
@@ -321,7 +386,8 @@ __device__ __forceinline__ void WorkOnProduct(Thread<kRows>& self, int phase, in
       ReleaseWeights(self);
       multiplication.Multiply(self, held);
     }
-    self.PassBuffer();
+    if (!passed) self.PassBuffer();
+    passed = false;
     group += kRound;
     if (group >= work.tiles) break;
     self.WaitForBuffer();

@@ -1,7 +1,8 @@
 """Times decode steps as one kernel on random weights, and says where their time goes.
 
 python tests/cuda/bench_persistent.py [--shape medium] [--rows 1,2,4] [--contexts 16] [--profile]
-                                      [--choice none,step,apart] [--stamps FILE]
+                                      [--choice none,step,apart] [--dtype float16,int8,int4]
+                                      [--stamps FILE]
 """
 
 from __future__ import annotations
@@ -32,6 +33,44 @@ PHASES = ("qkv", "attention", "out", "ff in", "ff out")
 STAMPS = ("begin", "weights", "inputs", "products", "sums", "end")
 CHOICES = ("none", "step", "apart")
 STEPS_AHEAD = 64  # that sequences have room for
+DTYPES = {"float16": (ops.FLOAT16, 16), "int8": (ops.INT8, 8), "int4": (ops.INT4, 4)}  # and bits
+GROUP = 32  # columns that share a scale
+
+
+class Weights:
+    """How a matrix of a type lies in memory.
+
+    Args:
+        dtype: of DTYPES.
+        inputs: columns.
+        outputs: rows.
+    """
+
+    def __init__(self, dtype: str, inputs: int, outputs: int) -> None:
+        self.dtype, self.bits = DTYPES[dtype]
+        self.inputs, self.outputs = inputs, outputs
+        self.row_bytes = inputs * self.bits // 8
+        # Rows of scales begin at multiples of 16 bytes.
+        self.scale_stride = (inputs // GROUP + 7) // 8 * 8 if self.bits <= 8 else 0
+        self.bytes = outputs * self.row_bytes
+        self.scale_bytes = outputs * self.scale_stride * 2
+
+    def fill(self, data: torch.Tensor, scales: torch.Tensor, deviation: float) -> torch.Tensor:
+        """Random numbers of about that deviation; returns the sums of rows, [outputs] float32."""
+        if self.bits == 16:
+            numbers = data.view(torch.float16)
+            numbers.normal_(0.0, deviation)
+            return numbers.view(self.outputs, self.inputs).float().sum(1)
+        data.copy_(torch.randint(0, 256, data.shape, dtype=torch.uint8))
+        # Equally frequent integers deviate by 2 ** bits / sqrt(12).
+        scale = torch.tensor(deviation * 12**0.5 / 2**self.bits, dtype=torch.float16)
+        scales.view(torch.float16).fill_(scale.item())
+        rows = data.view(self.outputs, self.row_bytes)
+        if self.bits == 8:
+            sums = rows.view(torch.int8).sum(1, dtype=torch.int32)
+        else:
+            sums = ((rows & 15).int() + (rows >> 4).int() - 16).sum(1, dtype=torch.int32)
+        return sums.float() * scale.float().item()
 
 
 class Steps:
@@ -44,6 +83,7 @@ class Steps:
         context: tokens of each.
         choice: ``none``, steps end with logits and all are the same one; ``step``, they choose
             tokens; ``apart``, the sampling kernel does.
+        dtype: of weights, of DTYPES.
     """
 
     def __init__(
@@ -53,6 +93,7 @@ class Steps:
         rows: int,
         context: int,
         choice: str = "none",
+        dtype: str = "float16",
     ) -> None:
         self.library, self.choice = library, choice
         layers, hidden, heads = SHAPES[shape]
@@ -60,6 +101,7 @@ class Steps:
         self.keep: list[torch.Tensor] = []
         sizes = {"qkv": (hidden, 3 * hidden), "attention_out": (hidden, hidden)}
         sizes |= {"feed_forward_in": (hidden, wide), "feed_forward_out": (wide, hidden)}
+        weights = {name: Weights(dtype, *size_of) for name, size_of in sizes.items()}
         offsets: dict[tuple[str, str], int] = {}
         layer_bytes = 0
 
@@ -69,36 +111,36 @@ class Steps:
             layer_bytes += (count + 255) // 256 * 256
 
         for name, (inputs, outputs) in sizes.items():
-            take((name, "weights"), 2 * inputs * outputs)
+            take((name, "weights"), weights[name].bytes)
+            if weights[name].scale_bytes:
+                take((name, "scales"), weights[name].scale_bytes)
             take((name, "bias"), 4 * outputs)
             if name in ("qkv", "feed_forward_in"):
                 take((name, "norm_weight"), 4 * inputs)
                 take((name, "sums"), 4 * outputs)
-        self.weight_bytes = layers * layer_bytes + 2 * VOCAB * hidden
+        of_head = Weights(dtype, hidden, VOCAB)
+        self.weight_bytes = layers * layer_bytes + of_head.bytes + of_head.scale_bytes
         memory = self.tensor(torch.empty(layers * layer_bytes, dtype=torch.uint8))
-        # Small numbers whichever type they are read as; sums as they would be.
+
+        def at(layer: int, name: str, what: str, size_of: int) -> torch.Tensor:
+            begin = layer * layer_bytes + offsets.get((name, what), 0)
+            return memory[begin : begin + size_of]
+
         for layer in range(layers):
-            for (name, what), offset in offsets.items():
-                inputs, outputs = sizes[name]
-                at = layer * layer_bytes + offset
-                if what == "weights":
-                    part = memory[at : at + 2 * inputs * outputs].view(torch.float16)
-                    part.normal_(0.0, inputs**-0.5)
-                else:
-                    count = inputs if what == "norm_weight" else outputs
-                    part = memory[at : at + 4 * count].view(torch.float32)
-                    part.fill_(1.0 if what == "norm_weight" else 0.0)
-            for name in ("qkv", "feed_forward_in"):
-                inputs, outputs = sizes[name]
-                at = layer * layer_bytes
-                begin = at + offsets[name, "weights"]
-                w = memory[begin : begin + 2 * inputs * outputs].view(torch.float16)
-                begin = at + offsets[name, "sums"]
-                sums = memory[begin : begin + 4 * outputs].view(torch.float32)
-                sums.copy_(w.view(outputs, inputs).float().sum(1))
-        head = self.tensor(torch.empty(VOCAB, hidden, dtype=torch.float16)).normal_(0.0, 0.02)
+            for name, w in weights.items():
+                sums = w.fill(
+                    at(layer, name, "weights", w.bytes),
+                    at(layer, name, "scales", w.scale_bytes),
+                    w.inputs**-0.5,
+                )
+                at(layer, name, "bias", 4 * w.outputs).view(torch.float32).fill_(0.0)
+                if (name, "sums") in offsets:
+                    at(layer, name, "norm_weight", 4 * w.inputs).view(torch.float32).fill_(1.0)
+                    at(layer, name, "sums", 4 * w.outputs).view(torch.float32).copy_(sums)
+        head = self.tensor(torch.empty(of_head.bytes, dtype=torch.uint8))
+        head_scales = self.tensor(torch.empty(of_head.scale_bytes, dtype=torch.uint8))
         vectors = self.tensor(torch.zeros(2 * VOCAB))
-        vectors[:VOCAB] = head.float().sum(1)
+        vectors[:VOCAB] = of_head.fill(head, head_scales, 0.02)
         positions = self.tensor(torch.zeros(2048, hidden)).normal_(0.0, 0.02)
         ones = self.tensor(torch.ones(hidden))
 
@@ -144,7 +186,7 @@ class Steps:
 
         self.layers = layers
         self.args = ops.PersistentArgs(
-            dtype=ops.FLOAT16,
+            dtype=of_head.dtype,
             hidden=hidden,
             intermediate=wide,
             vocab=VOCAB,
@@ -154,16 +196,19 @@ class Steps:
             layer_bytes=layer_bytes,
             head=ops.PersistentProduct(
                 weights=head.data_ptr(),
+                scales=head_scales.data_ptr(),
                 bias=vectors[VOCAB:].data_ptr(),
                 norm_weight=ones.data_ptr(),
                 sums=vectors.data_ptr(),
             ),
             embedding=ops.Matrix(
                 data=head.data_ptr(),
-                row_bytes=2 * hidden,
-                dtype=ops.FLOAT16,
+                row_bytes=of_head.row_bytes,
+                dtype=of_head.dtype,
                 in_=hidden,
                 out=VOCAB,
+                scales=head_scales.data_ptr(),
+                scale_stride=of_head.scale_stride,
             ),
             positions=positions.data_ptr(),
             position_stride=hidden,
@@ -309,6 +354,7 @@ def main() -> None:
     parser.add_argument(
         "--choice", default="none", help="who chooses tokens: " + ", ".join(CHOICES)
     )
+    parser.add_argument("--dtype", default="float16", help="of weights: " + ", ".join(DTYPES))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--stamps", help="write the last profile's [block, phase, stamp] here, .npy"
@@ -317,20 +363,21 @@ def main() -> None:
     library = ops.Library()
     for rows in map(int, options.rows.split(",")):
         cells = [
-            (int(context), choice)
+            (int(context), choice, dtype)
             for context in options.contexts.split(",")
+            for dtype in options.dtype.split(",")
             for choice in options.choice.split(",")
         ]
-        for context, choice in cells:
+        for context, choice, dtype in cells:
             torch.manual_seed(0)
-            steps = Steps(library, options.shape, rows, context, choice)
+            steps = Steps(library, options.shape, rows, context, choice, dtype)
             if steps.blocks == 0:
                 print(f"{options.shape} rows {rows}: this device has no such steps")
                 continue
             us = steps.microseconds()
             total = steps.weight_bytes + steps.cache_bytes
             print(
-                f"{options.shape} rows {rows} context {context} choice {choice}: "
+                f"{options.shape} {dtype} rows {rows} context {context} choice {choice}: "
                 f"{us:.1f} us per step, "
                 f"{us / steps.layers:.2f} per layer with the head's share, "
                 f"{total / us * 1e-6:.2f} TB/s"
