@@ -51,8 +51,7 @@ constexpr int kRound = 4;               // tiles of a group, at most
 constexpr int kMaxChunks = 32;          // a lane each
 constexpr int kMaxStages = 40;
 constexpr int kMaxSplits = 8;  // parts of the sequences of a step in attention, over all rows
-constexpr int kMaxJoins =
-    4;  // of a step's only row, that those who read the attended row put together
+constexpr int kMaxJoins = 4;   // parts of a step's only row that who reads it puts together
 constexpr int kMaxHeadSize = 128;
 constexpr int kMaxBlocks = 256;
 // Pieces from a tile's two to the next tile's in the places of the residual stream. A block has one tile
