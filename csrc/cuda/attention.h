@@ -11,8 +11,6 @@
 namespace fastgen {
 namespace cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 __device__ inline float Infinity() { return __int_as_float(0x7f800000); }
 
 // Elements from the start of a page to its keys (kv = 0) or values (kv = 1) of a head.

@@ -280,18 +280,58 @@ struct Gathered {
 // out = the parts' sums, weighted by how far each part's maximum lies under the greatest, for the
 // numbers first + lane, first + stride + lane, ... of a head. `sums(part)` and `stats(part)` say
 // where a part is, `fetch` reads it, `store(d, x)` writes number d.
-// kBatch parts are read at a time.
+// Up to kFewParts parts are weighed by each lane, and lanes wait for nothing of each other.
+constexpr int kFewParts = 8;
+
+template <typename Sums, typename Stats, typename Fetch, typename Store>
+__device__ inline void CombineFewParts(const Sums& sums, const Stats& stats, const Fetch& fetch,
+                                       int parts, int head_size, int first, int stride, int lane,
+                                       const Store& store) {
+  float weight[kFewParts], sum[kFewParts];
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) {
+    weight[i] = fetch(stats(min(i, parts - 1)));
+    sum[i] = fetch(stats(min(i, parts - 1)) + 1);
+  }
+  float max = weight[0];
+#pragma unroll
+  for (int i = 1; i < kFewParts; ++i) max = fmaxf(max, weight[i]);
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) {
+    weight[i] = i < parts ? Exp2(weight[i] - max) : 0.0f;
+    total = __fmaf_rn(weight[i], sum[i], total);
+  }
+  const float each = __fdividef(1.0f, total);
+  for (int begin = first; begin < head_size; begin += stride) {
+    const int d = min(begin + lane, head_size - 1);
+    float values[kFewParts], result = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kFewParts; ++i) values[i] = fetch(sums(min(i, parts - 1)) + d);
+#pragma unroll
+    for (int i = 0; i < kFewParts; ++i) {
+      result = i < parts ? __fmaf_rn(weight[i], values[i], result) : result;
+    }
+    if (begin + lane < head_size) store(d, __fmul_rn(result, each));
+  }
+}
+
+// The same of any number of parts, kBatch of which are read at a time.
 template <int kBatch, typename Sums, typename Stats, typename Fetch, typename Store>
 __device__ inline void CombineParts(const Sums& sums, const Stats& stats, const Fetch& fetch,
                                     int parts, int head_size, int first, int stride, int lane,
                                     const Store& store) {
+  if (parts <= kFewParts) {
+    CombineFewParts(sums, stats, fetch, parts, head_size, first, stride, lane, store);
+    return;
+  }
   float max = -Infinity(), sum = 0.0f;
   if (lane < parts) {
     max = fetch(stats(lane));
     sum = fetch(stats(lane) + 1);
   }
-  const float weight = exp2f(max - MaxOfLanes(max));
-  const float total = SumOfLanes(__fmul_rn(weight, sum));
+  const float weight = Exp2(max - MaxOfLanes(max));
+  const float each = __fdividef(1.0f, SumOfLanes(__fmul_rn(weight, sum)));
   for (int begin = first; begin < head_size; begin += stride) {
     const int d = min(begin + lane, head_size - 1);
     float result = 0.0f;
@@ -305,7 +345,7 @@ __device__ inline void CombineParts(const Sums& sums, const Stats& stats, const 
         if (part + i < parts) result = __fmaf_rn(w, values[i], result);
       }
     }
-    if (begin + lane < head_size) store(d, __fdiv_rn(result, total));
+    if (begin + lane < head_size) store(d, __fmul_rn(result, each));
   }
 }
 

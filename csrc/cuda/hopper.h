@@ -59,8 +59,11 @@ __device__ __forceinline__ void BarrierExpect(uint64_t* barrier, uint32_t bytes)
                : "memory");
 }
 
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+  BarrierArrive(SharedAddress(barrier));
 }
 
 // The same, not before `zero`, which is none for the compiler, has been computed.
@@ -84,17 +87,20 @@ __device__ __forceinline__ uint4 LoadSharedIf(const void* from, bool shall) {
   return x;
 }
 
-// Waits for the end of the phase of that parity.
-__device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
+// Waits for the end of the phase of that parity, of the barrier at an address of shared memory.
+__device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again_%=:\n"
       "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
       "@!done bra again_%=;\n"
-      "}\n" ::"r"(SharedAddress(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
+  BarrierWait(SharedAddress(barrier), parity);
 }
 
 // ---- to other blocks of the cluster ----------------------------------------------------------------
@@ -213,6 +219,53 @@ __device__ __forceinline__ float4 LoadNow(const float4* from) {
                : "l"(from)
                : "memory");
   return v;
+}
+
+// What is computed before a barrier the compiler computes again behind it, if it can, to have the registers: addresses,
+// and who the thread is. It cannot what lanes have told each other. By whole warps.
+__device__ __forceinline__ uint32_t Kept(uint32_t x) {
+  return __shfl_sync(0xffffffffu, x, threadIdx.x % 32);
+}
+__device__ __forceinline__ int32_t Kept(int32_t x) {
+  return static_cast<int32_t>(Kept(static_cast<uint32_t>(x)));
+}
+template <typename T>
+__device__ __forceinline__ T* Kept(T* x) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(x);
+  return reinterpret_cast<T*>(__shfl_sync(0xffffffffu, bits, threadIdx.x % 32));
+}
+
+// 16 and 8 bytes at an address of shared memory, read where the code says so.
+__device__ __forceinline__ float4 LoadShared4(uint32_t from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from));
+  return x;
+}
+// Undefined in lanes that shall not have it, which take the same way.
+__device__ __forceinline__ float4 LoadShared4If(uint32_t from, bool shall) {
+  float4 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred shall;\n"
+      "setp.ne.s32 shall, %5, 0;\n"
+      "@shall ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(from), "r"(static_cast<int>(shall)));
+  return x;
+}
+__device__ __forceinline__ float2 LoadShared2(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+  return x;
+}
+
+__device__ __forceinline__ void StoreShared4(uint32_t to, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
 }
 
 // ---- the rest -------------------------------------------------------------------------------------

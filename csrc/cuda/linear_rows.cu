@@ -17,6 +17,7 @@
 // barrier of the block that finishes these rows. A norm is not waited for: see FoldNorm and PackedRows.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 #include "cuda/linear_rows.h"
 
@@ -35,9 +36,16 @@ __device__ __forceinline__ int32_t ShareBegin(const RowsPlan& plan, int32_t rank
   return static_cast<int32_t>(static_cast<uint32_t>(plan.chunks) * rank >> plan.cluster_bits);
 }
 
+// When the next kernel may start. The sooner the better where rows are few: there is a long way to go until it is ready
+// for what it waits for. The weights that it asks for are in the way of many rows.
+enum class NextStarts { kAtOnce, kReady, kWithRows };
+__host__ __device__ constexpr NextStarts NextStartsOf(int rows) {
+  return rows <= 16 ? NextStarts::kAtOnce : rows <= 32 ? NextStarts::kReady : NextStarts::kWithRows;
+}
+
 // Has the block's share of weights and rows copied; by one thread. Where all of it has room, it is waited
 // for as one, and asked for in one if rows are whole chunks; the last of its chunks may not be used.
-template <int kRows>
+template <int kRows, bool kResident>
 struct Supply {
   static constexpr int32_t kRowBytes = kRows * kChunkColumns * 2;
 
@@ -48,28 +56,38 @@ struct Supply {
 
   __device__ __forceinline__ void CopyWeights(int32_t chunk, int32_t stage) const {
     StreamTile(weights_to + stage * kWeightBytes, plan.weights, plan.whole, first_chunk + chunk,
-               first_output, &barriers.there[plan.resident ? 0 : stage]);
+               first_output, &barriers.there[kResident ? 0 : stage]);
   }
   __device__ __forceinline__ void CopyRows(int32_t chunk, int32_t stage) const {
     CopyTile(rows_to + stage * kRowBytes, plan.rows, plan.whole, first_chunk + chunk, first_row,
-             &barriers.there[plan.resident ? 0 : stage]);
+             &barriers.there[kResident ? 0 : stage]);
   }
 
   __device__ __forceinline__ void Early() const {
-    if (plan.resident) {
+    if (kResident) {
       BarrierArriveExpect(&barriers.there[0], plan.stages * (kWeightBytes + kRowBytes));
     }
 #pragma unroll 1
     for (int32_t i = 0; i < plan.stages; i += plan.copied_at_once) {
-      if (!plan.resident) BarrierArriveExpect(&barriers.there[i], kWeightBytes + kRowBytes);
+      if (!kResident) BarrierArriveExpect(&barriers.there[i], kWeightBytes + kRowBytes);
       CopyWeights(i, i);
     }
   }
 
   // The rows, once there are any, and what there was no room for.
   __device__ __forceinline__ void Rest() const {
+    // By itself, for the copy to be asked for at once: all that it takes is known before.
+    if (kResident && plan.copied_at_once == plan.stages) {
+      WaitForGrid();
+      CopyRows(0, 0);
+      if (NextStartsOf(kRows) == NextStarts::kWithRows) LetNextGridStart();
+      return;
+    }
+    WaitForGrid();
 #pragma unroll 1
     for (int32_t i = 0; i < plan.stages; i += plan.copied_at_once) CopyRows(i, i);
+    if (NextStartsOf(kRows) == NextStarts::kWithRows) LetNextGridStart();
+    if (kResident) return;
     int32_t stage = 0;
     uint32_t parity = 0;
 #pragma unroll 1
@@ -86,44 +104,45 @@ struct Supply {
   }
 };
 
-// The products of the block's share.
-template <typename Element, int kRows>
-__device__ __forceinline__ void MultiplyShare(const RowsPlan& plan, Barriers& barriers,
-                                              uint32_t weights_from, uint32_t rows_from,
-                                              int32_t chunks, int32_t lane,
+// The products of the block's share, whose tiles lie at these places. `barriers` is where they lie.
+template <typename Element, int kRows, bool kResident>
+__device__ __forceinline__ void MultiplyShare(uint32_t barriers, uint32_t weights, uint32_t rows,
+                                              int32_t chunks, int32_t stages, int32_t lane,
                                               float (&sums)[kRows / 2]) {
-  constexpr int32_t kWeightStep = kWeightBytes / 16;
-  constexpr int32_t kRowStep = Supply<kRows>::kRowBytes / 16;
-  const uint64_t weights = TileDescriptor(weights_from);
-  const uint64_t rows = TileDescriptor(rows_from);
-  if (plan.resident) {
-    BarrierWait(&barriers.there[0], 0);
+  constexpr uint32_t kWeightStep = kWeightBytes / 16;
+  constexpr uint32_t kRowStep = Supply<kRows, kResident>::kRowBytes / 16;
+  constexpr uint32_t kThere = offsetof(Barriers, there), kRead = offsetof(Barriers, read);
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
+  if (kResident) {
+    BarrierWait(barriers + kThere, 0);
 #pragma unroll 1
-    for (int32_t i = 0; i < chunks; ++i) {
+    for (int32_t i = chunks; i > 0; --i) {
       WarpgroupFence();
-      MultiplyChunk<Element, kRows>(weights + i * kWeightStep, rows + i * kRowStep, sums);
+      MultiplyChunk<Element, kRows>(DescriptorOf(weights), DescriptorOf(rows), sums);
       WarpgroupCommit();
+      weights += kWeightStep, rows += kRowStep;
     }
-    WarpgroupWait<0>();
   } else {
     int32_t stage = 0, before = 0;
     uint32_t parity = 0;
 #pragma unroll 1
     for (int32_t i = 0; i < chunks; ++i) {
-      BarrierWait(&barriers.there[stage], parity);
+      BarrierWait(barriers + kThere + stage * 8, parity);
       WarpgroupFence();
-      MultiplyChunk<Element, kRows>(weights + stage * kWeightStep, rows + stage * kRowStep, sums);
+      MultiplyChunk<Element, kRows>(DescriptorOf(weights + stage * kWeightStep),
+                                    DescriptorOf(rows + stage * kRowStep), sums);
       WarpgroupCommit();
       WarpgroupWait<1>();
-      if (i > 0 && lane == 0) BarrierArrive(&barriers.read[before]);
+      if (i > 0 && lane == 0) BarrierArrive(barriers + kRead + before * 8);
       before = stage;
-      if (++stage == plan.stages) {
+      if (++stage == stages) {
         stage = 0;
         parity ^= 1;
       }
     }
-    WarpgroupWait<0>();
   }
+  WarpgroupWait<0>();
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) {
     asm volatile("" : "+f"(sums[i])::"memory");
@@ -132,69 +151,87 @@ __device__ __forceinline__ void MultiplyShare(const RowsPlan& plan, Barriers& ba
 
 #endif  // FASTGEN_ARCH_HAS_WARPGROUP
 
-template <typename Element, int kRows, Epilogue kEpilogue>
+// What is on the way from the end of the kernel before to the outputs is computed before that end, and kept: after it
+// each instruction costs all that follow some cycles, in a kernel that has just begun more than in loops.
+template <typename Element, int kRows, Epilogue kEpilogue, bool kResident>
 __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
     RowsKernel(const FASTGEN_GRID_CONSTANT RowsPlan plan) {
 #if FASTGEN_ARCH_HAS_WARPGROUP
+  constexpr NextStarts kNextStarts = NextStartsOf(kRows);
   __shared__ Barriers barriers;
+  if (kNextStarts == NextStarts::kAtOnce && !plan.args.first) LetNextGridStart();
   // A swizzled line's place follows from its address.
   char* const shared = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
   const LinearRowsArgs& args = plan.args;
-  const int32_t thread = threadIdx.x;
-  const int32_t warp = thread / 32;
-  const int32_t lane = thread % 32;
-  const int32_t blocks = 1 << plan.cluster_bits;
+  const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int32_t lane = Kept(threadIdx.x % 32);
+  const int32_t blocks = Kept(1 << plan.cluster_bits);
   const int32_t rank = blockIdx.x & (blocks - 1);
   const int32_t tile = blockIdx.x >> plan.cluster_bits;
   const int32_t first_row = blockIdx.y * kRows;
   const int32_t rows = min(args.rows - first_row, kRows);
   const int32_t pairs = (rows + 1) / 2;
-  const int32_t my_pairs = (pairs - rank + blocks - 1) >> plan.cluster_bits;
+  const int32_t my_pairs = Kept((pairs - rank + blocks - 1) >> plan.cluster_bits);
   const int32_t first_chunk = ShareBegin(plan, rank);
-  const int32_t chunks = ShareBegin(plan, rank + 1) - first_chunk;
+  const int32_t chunks = Kept(ShareBegin(plan, rank + 1) - first_chunk);
+  const uint32_t barriers_at = Kept(SharedAddress(&barriers));
   const uint32_t weights_at = SharedAddress(shared);
   const uint32_t rows_at = weights_at + plan.rows_at;
 
-  const Supply<kRows> supply = {plan,      barriers,    weights_at, rows_at, tile * kTileOutputs,
+  const Supply<kRows, kResident> supply = {plan,      barriers,    weights_at, rows_at, tile * kTileOutputs,
                                 first_row, first_chunk, chunks};
-  if (thread == kSupplyWarp * 32) {
+  if (warp == kSupplyWarp && ElectLane()) {
     for (int32_t i = 0; i < plan.stages; ++i) {
       BarrierInit(&barriers.there[i], 1);
       BarrierInit(&barriers.read[i], kMultipliers / 32);
     }
-    BarrierInit(&barriers.sums_there, 1);
+    // Besides the norm: bytes from a cluster's blocks, or a lone block's warps.
+    BarrierInit(&barriers.sums_there, kNormWarps + (blocks > 1 ? 1 : kMultipliers / 32));
     BarrierInitDone();
-    if (blocks > 1) {
-      BarrierArriveExpect(&barriers.sums_there, my_pairs * blocks * kPairBytes);
-    }
+    if (blocks > 1) BarrierArriveExpect(&barriers.sums_there, my_pairs * blocks * kPairBytes);
     supply.Early();
     PrefetchMap(plan.rows);
   }
+  __syncwarp();
 
   // What no kernel writes is read before the kernel before has ended.
   const Outputs outputs = OutputsOf<kEpilogue>(plan, tile * kTileOutputs + FirstOutput(lane));
   CachePlace* const places = reinterpret_cast<CachePlace*>(shared + plan.places_at);
   NormSums* const norms = reinterpret_cast<NormSums*>(shared + plan.norms_at);
-  const char* const sums_from = shared + plan.sums_at + lane * 16;
+  // The block's pairs of rows are dealt out to warps, the first to those that do not multiply.
+  const int32_t first_pair = warp ^ 6;
+  Target target;
+  const auto aim = [&](int32_t pair) {
+    target.Set<kEpilogue>(plan, outputs, tile, rank, first_row, rows, pair, weights_at, lane);
+  };
+  aim(first_pair);
+  target.Keep<kEpilogue>();
+  // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
+  const uint32_t sums_to = Kept(weights_at + plan.sums_at + rank * kPairBytes + (warp * 8 + lane / 4) * 16 +
+      (lane % 4 & ~(blocks - 1)) * kPairBytes);
+  const int32_t sums_block = Kept(lane & (min(blocks, 4) - 1));
+  const uint32_t weights_place = Kept(TilePlace(weights_at)), rows_place = Kept(TilePlace(rows_at));
+  const int32_t pairs_left = Kept(pairs - lane % 4);
+  const int32_t stages = kResident ? 0 : Kept(plan.stages);
+  const int32_t count = min(args.w.out - tile * kTileOutputs, kTileOutputs);
   float residual[kLaneOutputs] = {};
-  const auto read_residual = [&](int32_t pair) {
-    if (kEpilogue != Epilogue::kResidual) return;
-    const int32_t row = RowOf(plan, rank, 2 * pair + lane % 2);
-    if (pair >= my_pairs || row >= rows) return;
-    const float* const from = args.y + (first_row + row) * args.ldy + outputs.n;
+  const auto read_residual = [&] {
+    constexpr int kRead = kEpilogue == Epilogue::kResidual ? kLaneOutputs : 0;
 #pragma unroll
-    for (int i = 0; i < kLaneOutputs; i += 2) {
-      if (Further(i) + 1 < outputs.left) {
-        const float2 x = __ldcg(reinterpret_cast<const float2*>(from + Further(i)));
+    for (int i = 0; i < kRead; i += 2) {
+      if (Further(i) + 1 < target.left) {
+        const float2 x = __ldcg(reinterpret_cast<const float2*>(target.y + Further(i)));
         residual[i] = x.x, residual[i + 1] = x.y;
-      } else if (Further(i) < outputs.left) {
-        residual[i] = __ldcg(from + Further(i));
+      } else if (Further(i) < target.left) {
+        residual[i] = __ldcg(target.y + Further(i));
       }
     }
   };
   if (args.first) WaitForGrid();
   __syncthreads();
-  LetNextGridStart();
+  if (kNextStarts == NextStarts::kReady || (kNextStarts == NextStarts::kAtOnce && args.first)) {
+    LetNextGridStart();
+  }
   if (blocks > 1) ClusterArrive();
   // Nobody but the warp waits for what it reads, which may be one read after another.
   if (kEpilogue == Epilogue::kQkv && warp == kWarps - 1) {
@@ -211,82 +248,59 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
     }
   }
   if (blocks > 1) ClusterWait();
-  WaitForGrid();
 
   if (warp == kSupplyWarp) {
-    if (lane == 0) supply.Rest();
+    if (ElectLane()) supply.Rest();
     __syncwarp();
   }
-  read_residual(warp);
+  WaitForGrid();
+  read_residual();
+  // Those who multiply come last: what all wait for goes on without a jump.
   if (warp > kSupplyWarp) {
     if (args.norm_sums != nullptr) {
       const auto row_of = [&](int32_t local) {
-        const int32_t row = RowOf(plan, rank, local);
-        return row < rows ? first_row + row : -1;
+        return first_row + min(RowOf(plan, rank, local), rows - 1);
       };
       ReadNorms(args, plan.inverse_in, row_of, 2 * my_pairs, warp, lane, norms);
     }
+    __syncwarp();
+    if (lane == 0) BarrierArrive(barriers_at + offsetof(Barriers, sums_there));
     if (warp == kWarps - 1) PrefetchPieces(args.ahead, lane);
-  } else if (warp < kSupplyWarp) {
+  }
+  if (warp < kSupplyWarp) {
     float sums[kRows / 2];
-#pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
-    MultiplyShare<Element, kRows>(plan, barriers, weights_at, rows_at, chunks, lane, sums);
-    // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
-    const uint32_t to = weights_at + plan.sums_at + rank * kPairBytes + (warp * 8 + lane / 4) * 16;
-    const uint32_t there = SharedAddress(&barriers.sums_there);
+    MultiplyShare<Element, kRows, kResident>(barriers_at, weights_place, rows_place, chunks, stages, lane, sums);
+    const uint32_t there = barriers_at + offsetof(Barriers, sums_there);
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
-      const int32_t pair = 4 * j + lane % 4;
-      if (pair >= pairs) break;
-      const int32_t block = pair & (blocks - 1);
-      const uint32_t at = to + (pair >> plan.cluster_bits << plan.cluster_bits) * kPairBytes;
+      if (4 * j >= pairs_left) break;
+      // With eight blocks four pairs are half a round.
+      const int32_t round = blocks == 8 ? j / 2 * 8 : 4 * j;
+      const int32_t block = blocks == 8 ? j % 2 * 4 + sums_block : sums_block;
+      const uint32_t to = sums_to + round * kPairBytes;
       const float4 mine =
           make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
       if (blocks > 1) {
-        StoreAsync(AddressInBlock(at, block), mine, AddressInBlock(there, block));
+        StoreAsync(AddressInBlock(to, block), mine, AddressInBlock(there, block));
       } else {
-        *reinterpret_cast<float4*>(shared + (at - weights_at)) = mine;
+        StoreShared4(to, mine);
       }
     }
+    if (blocks == 1) {
+      __syncwarp();
+      if (lane == 0) BarrierArrive(there);
+    }
   }
-  __syncthreads();  // norms, and a lone block's sums
-  if (blocks > 1 && warp < my_pairs) BarrierWait(&barriers.sums_there, 0);
-
+  if (first_pair >= my_pairs) return;
+  BarrierWait(barriers_at + offsetof(Barriers, sums_there), 0);
 #pragma unroll 1
-  for (int32_t pair = warp; pair < my_pairs; pair += kWarps) {
-    // Of the lane's row: what it has itself, and what the lane beside it has.
-    const int32_t odd = lane % 2;
-    const int32_t local = 2 * pair + odd;
-    const int32_t row = RowOf(plan, rank, local);
-    const char* const from = sums_from + (pair << plan.cluster_bits) * kPairBytes;
-    float4 part[kMaxBlocks];
-#pragma unroll
-    for (int share = 0; share < kMaxBlocks; ++share) {
-      if (share < blocks) part[share] = *reinterpret_cast<const float4*>(from + share * kPairBytes);
-    }
-    float4 sum = part[0];
-#pragma unroll
-    for (int share = 1; share < kMaxBlocks; ++share) {
-      if (share >= blocks) break;
-      sum.x += part[share].x, sum.y += part[share].y;
-      sum.z += part[share].z, sum.w += part[share].w;
-    }
-    const float low = __shfl_xor_sync(0xffffffffu, odd ? sum.x : sum.y, 1);
-    const float high = __shfl_xor_sync(0xffffffffu, odd ? sum.z : sum.w, 1);
-    float value[kLaneOutputs] = {odd ? low : sum.x, odd ? sum.y : low, odd ? high : sum.z,
-                                 odd ? sum.w : high};
-    NormSums norm = {0.0f, 1.0f};
-    if (args.norm_sums != nullptr) norm = norms[local];
-    const float unit = linear_weights::UnitOf(Element());
-#pragma unroll
-    for (int i = 0; i < kLaneOutputs; ++i) {
-      const float centred = fmaf(-norm.mean, outputs.norm_sums[i], __fmul_rn(value[i], unit));
-      value[i] = fmaf(norm.scale, centred, outputs.bias[i]);
-    }
-    FinishRow<Element, kEpilogue>(plan, outputs, tile, first_row + row, row < rows, places + local,
-                                  value, residual, lane);
-    if (pair + kWarps < my_pairs) read_residual(pair + kWarps);
+  for (int32_t pair = first_pair;;) {
+    FinishRow<Element, kEpilogue>(plan, outputs, target, blocks, count, residual, lane);
+    pair += kWarps;
+    // Up to 16 rows a warp has no second pair.
+    if (kRows / 2 <= kWarps || pair >= my_pairs) break;
+    aim(pair);
+    read_residual();
   }
 #endif
 }
@@ -344,7 +358,7 @@ cudaError_t MakeMaps(const LinearRowsArgs& args, int32_t kernel_rows, int32_t ch
 cudaError_t HasKernel(bool* has) {
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(
-      &attributes, reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore>));
+      &attributes, reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore, true>));
   *has = status == cudaSuccess && attributes.sharedSizeBytes > 0;
   return status;
 }
@@ -384,7 +398,8 @@ cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
   shape.threads = kThreads;
   shape.cluster = 1 << plan->cluster_bits;
   shape.overlap = args.overlap;
-  return Launch(RowsKernel<Element, kRows, kEpilogue>, shape, stream, *plan);
+  return plan->resident ? Launch(RowsKernel<Element, kRows, kEpilogue, true>, shape, stream, *plan)
+                        : Launch(RowsKernel<Element, kRows, kEpilogue, false>, shape, stream, *plan);
 }
 
 template <typename Element, Epilogue kEpilogue>
@@ -423,7 +438,7 @@ cudaError_t LinearRowsSupported(DType weights, int32_t normed_columns, bool* sup
   status = GetDeviceLimits(&limits);
   if (status != cudaSuccess) return status;
   static KnownClusters known;
-  const void* const kernel = reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore>);
+  const void* const kernel = reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore, true>);
   limits.shared_bytes -= kFixedBytes;
   *supported = ClustersAtOnce(kernel, kMaxClusterBits, kThreads, limits, &known) > 0;
   return cudaSuccess;

@@ -16,6 +16,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;  // all of which finish
 constexpr int kMultipliers = 128;      // threads that multiply: the first four warps
 constexpr int kSupplyWarp = 4;         // has tiles copied; the warps after it read norms
+constexpr int kNormWarps = kWarps - kSupplyWarp - 1;
 constexpr int kWeightBytes = kTileOutputs * kChunkColumns * 2;  // of a stage
 constexpr int kMaxStages = 24;
 constexpr int kMaxRows = 64;   // of a block
@@ -56,6 +57,12 @@ cudaError_t MakeMaps(const LinearRowsArgs& args, int32_t kernel_rows, int32_t ch
                      TensorMap* weights, TensorMap* rows);
 
 #if FASTGEN_ARCH_HAS_WARPGROUP
+
+// A block's rows go in pairs round the blocks of its cluster. Row `local` of the block's is this one of
+// the tile's.
+__device__ __forceinline__ int32_t RowOf(const RowsPlan& plan, int32_t rank, int32_t local) {
+  return 2 * ((local / 2) << plan.cluster_bits | rank) + local % 2;
+}
 
 // The first output of a lane in a tile, and which of its outputs is how much further.
 __device__ __forceinline__ int32_t FirstOutput(int32_t lane) {
@@ -110,21 +117,61 @@ __device__ __forceinline__ Outputs OutputsOf(const RowsPlan& plan, int32_t n) {
   return o;
 }
 
-// The tanh form of GELU, to the precision of 16 bits.
+// Of a lane and a row: where its outputs go, how many of them there are from the first on, none where there is no such
+// row, and where in shared memory lies what they are made of.
+struct Target {
+  float* y;
+  uint16_t* packed;
+  float2* part;  // of the tile, for the next norm
+  int32_t row, left;
+  uint32_t sums, norm, place;
+
+  // Of two neighbouring lanes, even and odd, for rows 2 * pair and 1 more of the block's.
+  template <Epilogue kEpilogue>
+  __device__ __forceinline__ void Set(const RowsPlan& plan, const Outputs& o, int32_t tile,
+                                      int32_t rank, int32_t first_row, int32_t rows, int32_t pair,
+                                      uint32_t shared, int32_t lane) {
+    const LinearRowsArgs& args = plan.args;
+    const int32_t local = 2 * pair + lane % 2;
+    const int32_t in_tile = RowOf(plan, rank, local);
+    left = in_tile < rows ? o.left : 0;
+    row = first_row + min(in_tile, rows - 1);
+    sums = shared + plan.sums_at + (pair << plan.cluster_bits) * kPairBytes + lane * 16;
+    norm = shared + plan.norms_at + local * static_cast<int32_t>(sizeof(NormSums));
+    place = shared + plan.places_at + local * static_cast<int32_t>(sizeof(CachePlace));
+    y = kEpilogue == Epilogue::kGelu ? nullptr : args.y + row * args.ldy + o.n;
+    packed = nullptr, part = nullptr;
+    if (kEpilogue != Epilogue::kGelu && kEpilogue != Epilogue::kResidual) return;
+    if (args.out.data == nullptr) return;
+    packed = static_cast<uint16_t*>(args.out.data) + row * args.out.stride + o.n;
+    if (kEpilogue == Epilogue::kResidual) part = args.out.parts + row * args.out.part_stride + tile;
+  }
+
+  template <Epilogue kEpilogue>
+  __device__ __forceinline__ void Keep() {
+    left = Kept(left), sums = Kept(sums), norm = Kept(norm);
+    if (kEpilogue != Epilogue::kGelu) y = Kept(y);
+    if (kEpilogue == Epilogue::kGelu || kEpilogue == Epilogue::kResidual) packed = Kept(packed);
+    if (kEpilogue == Epilogue::kResidual) part = Kept(part);
+    if (kEpilogue == Epilogue::kQkv) place = Kept(place);
+  }
+};
+
+// The tanh form of GELU, x * sigmoid(2 u), to the precision of 16 bits.
 __device__ __forceinline__ float RoundedGelu(float x) {
-  const float u = __fmul_rn(0.7978845608028654f, fmaf(__fmul_rn(0.044715f, x), __fmul_rn(x, x), x));
-  return __fdividef(x, 1.0f + __expf(__fmul_rn(-2.0f, u)));
+  constexpr float kFactor = -2.0f * 0.7978845608028654f * kLog2e;
+  const float inner = fmaf(__fmul_rn(0.044715f, x), __fmul_rn(x, x), x);
+  return __fdividef(x, 1.0f + Exp2(__fmul_rn(kFactor, inner)));
 }
 
-__device__ __forceinline__ void StoreFloats(float* y, int32_t left,
+__device__ __forceinline__ void StoreFloats(float* to, int32_t left,
                                             const float (&value)[kLaneOutputs]) {
 #pragma unroll
   for (int i = 0; i < kLaneOutputs; i += 2) {
-    float* const to = y + Further(i);
     if (Further(i) + 1 < left) {
-      *reinterpret_cast<float2*>(to) = make_float2(value[i], value[i + 1]);
+      *reinterpret_cast<float2*>(to + Further(i)) = make_float2(value[i], value[i + 1]);
     } else if (Further(i) < left) {
-      *to = value[i];
+      to[Further(i)] = value[i];
     }
   }
 }
@@ -134,12 +181,16 @@ template <typename Element>
 __device__ __forceinline__ void StorePacked(uint16_t* to, int32_t left,
                                             const float (&value)[kLaneOutputs],
                                             const float (&weight)[kLaneOutputs]) {
+  uint32_t packed[kLaneOutputs / 2];
 #pragma unroll
   for (int i = 0; i < kLaneOutputs; i += 2) {
-    if (Further(i) < left) {
-      *reinterpret_cast<uint32_t*>(to + Further(i)) =
-          PackTwo<Element>(value[i], value[i + 1], weight[i], weight[i + 1]);
-    }
+    packed[i / 2] = PackTwo<Element>(value[i], value[i + 1], weight[i], weight[i + 1]);
+    // Here, not where it is stored: one after the other would take twice as long.
+    asm volatile("" : "+r"(packed[i / 2]));
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; i += 2) {
+    if (Further(i) < left) *reinterpret_cast<uint32_t*>(to + Further(i)) = packed[i / 2];
   }
 }
 
@@ -172,21 +223,29 @@ __device__ __forceinline__ void StoreQkvOneByOne(const RowsPlan& plan, int32_t f
   }
 }
 
-__device__ __forceinline__ void StoreQkv(const RowsPlan& plan, const Outputs& o, int32_t row,
-                                         const CachePlace& place,
+__device__ __forceinline__ CachePlace LoadPlace(uint32_t from) {
+  static_assert(sizeof(CachePlace) == 16, "as it is read");
+  const float4 bits = LoadShared4(from);
+  const uint64_t high = __float_as_uint(bits.y);
+  return CachePlace{reinterpret_cast<char*>(high << 32 | __float_as_uint(bits.x)),
+                    __float_as_int(bits.z)};
+}
+
+__device__ __forceinline__ void StoreQkv(const RowsPlan& plan, const Outputs& o,
+                                         const Target& target, const CachePlace& place,
                                          const float (&value)[kLaneOutputs]) {
   const LinearRowsArgs& args = plan.args;
   if (!o.neighbours) {
-    StoreQkvOneByOne(plan, o.n, o.left, row, place,
+    StoreQkvOneByOne(plan, o.n, target.left, target.row, place,
                      make_float4(value[0], value[1], value[2], value[3]));
     return;
   }
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     const float first = value[2 * pair], second = value[2 * pair + 1];
-    if (8 * pair >= o.left) return;
+    if (8 * pair >= target.left) return;
     if (o.in_page[pair] < 0) {
-      *reinterpret_cast<float2*>(args.y + row * args.ldy + o.n + 8 * pair) =
+      *reinterpret_cast<float2*>(target.y + 8 * pair) =
           make_float2(__fmul_rn(first, plan.query_factor), __fmul_rn(second, plan.query_factor));
     } else if (place.page != nullptr) {
       const int64_t index = o.in_page[pair] + place.in_page * args.cache.head_stride;
@@ -217,32 +276,73 @@ __device__ __forceinline__ float2 PartOfTile(const float (&value)[kLaneOutputs],
   return JoinedPart(pivot, sum, squares, count);
 }
 
-// Finishes a lane's outputs of a row; all lanes of the warp take part, `there` or not.
+// The sums of a lane's two rows and two outputs over the shares of columns, in their order. Up to kUsual shares
+// without a jump.
+template <int kUsual>
+__device__ __forceinline__ float4 SumOfShares(uint32_t from, int32_t shares) {
+  float4 part[kUsual];
+  part[0] = LoadShared4(from);
+#pragma unroll
+  for (int i = 1; i < kUsual; ++i) part[i] = LoadShared4If(from + i * kPairBytes, i < shares);
+  float4 sum = part[0];
+  const auto add = [&](const float4& more, bool shall) {
+    sum.x = shall ? sum.x + more.x : sum.x;
+    sum.y = shall ? sum.y + more.y : sum.y;
+    sum.z = shall ? sum.z + more.z : sum.z;
+    sum.w = shall ? sum.w + more.w : sum.w;
+  };
+#pragma unroll
+  for (int i = 1; i < kUsual; ++i) add(part[i], i < shares);
+#pragma unroll 1
+  for (int i = kUsual; kUsual < kMaxBlocks && i < shares; ++i) {
+    add(LoadShared4(from + i * kPairBytes), true);
+  }
+  return sum;
+}
+
+// Finishes a lane's outputs of a row; all lanes of the warp take part, whether they have one or not.
 template <typename Element, Epilogue kEpilogue>
-__device__ __forceinline__ void FinishRow(const RowsPlan& plan, const Outputs& o, int32_t tile,
-                                          int32_t row, bool there, const CachePlace* place,
-                                          float (&value)[kLaneOutputs],
+__device__ __forceinline__ void FinishRow(const RowsPlan& plan, const Outputs& o,
+                                          const Target& target, int32_t shares, int32_t count,
                                           const float (&residual)[kLaneOutputs], int32_t lane) {
-  const LinearRowsArgs& args = plan.args;
-  float* const y = args.y + row * args.ldy + o.n;
-  uint16_t* const packed = static_cast<uint16_t*>(args.out.data) + row * args.out.stride + o.n;
+  // As ClusterBits() cuts the columns of GPT-2's matrices.
+  constexpr int kUsual = kEpilogue == Epilogue::kResidual ? 8
+                         : kEpilogue == Epilogue::kStore  ? 1
+                                                          : 2;
+  NormSums norm = {0.0f, 1.0f};
+  if (plan.args.norm_sums != nullptr) {
+    const float2 read = LoadShared2(target.norm);
+    norm = NormSums{read.x, read.y};
+  }
+  const float4 sum = SumOfShares<kUsual>(target.sums, shares);
+  // Of the lane's row: what it has itself, and what the lane beside it has.
+  const bool odd = lane % 2 != 0;
+  const float low = __shfl_xor_sync(0xffffffffu, odd ? sum.x : sum.y, 1);
+  const float high = __shfl_xor_sync(0xffffffffu, odd ? sum.z : sum.w, 1);
+  float value[kLaneOutputs] = {odd ? low : sum.x, odd ? sum.y : low, odd ? high : sum.z,
+                               odd ? sum.w : high};
+  const float unit = linear_weights::UnitOf(Element());
+#pragma unroll
+  for (int i = 0; i < kLaneOutputs; ++i) {
+    const float centred = fmaf(-norm.mean, o.norm_sums[i], __fmul_rn(value[i], unit));
+    value[i] = fmaf(norm.scale, centred, o.bias[i]);
+  }
   if (kEpilogue == Epilogue::kStore) {
-    if (there) StoreFloats(y, o.left, value);
+    StoreFloats(target.y, target.left, value);
   } else if (kEpilogue == Epilogue::kGelu) {
 #pragma unroll
     for (int i = 0; i < kLaneOutputs; ++i) value[i] = RoundedGelu(value[i]);
-    if (there) StorePacked<Element>(packed, o.left, value, o.weight);
+    StorePacked<Element>(target.packed, target.left, value, o.weight);
   } else if (kEpilogue == Epilogue::kResidual) {
 #pragma unroll
     for (int i = 0; i < kLaneOutputs; ++i) value[i] += residual[i];
-    if (there) StoreFloats(y, o.left, value);
-    if (args.out.data == nullptr) return;
-    if (there) StorePacked<Element>(packed, o.left, value, o.weight);
-    const int32_t count = min(args.w.out - tile * kTileOutputs, kTileOutputs);
+    StoreFloats(target.y, target.left, value);
+    if (target.packed == nullptr) return;
+    StorePacked<Element>(target.packed, target.left, value, o.weight);
     const float2 part = PartOfTile(value, o.left, count, lane);
-    if (there && lane < 2) args.out.parts[row * args.out.part_stride + tile] = part;
-  } else if (there) {
-    StoreQkv(plan, o, row, *place, value);
+    if (target.left > 0 && lane < 2) *target.part = part;
+  } else if (target.left > 0) {
+    StoreQkv(plan, o, target, LoadPlace(target.place), value);
   }
 }
 
@@ -258,46 +358,45 @@ __device__ __forceinline__ void PrefetchPieces(const PiecesAhead& ahead, int32_t
   }
 }
 
-// A block's rows go in pairs round the blocks of its cluster. Row `local` of the block's is this one of
-// the tile's.
-__device__ __forceinline__ int32_t RowOf(const RowsPlan& plan, int32_t rank, int32_t local) {
-  return 2 * ((local / 2) << plan.cluster_bits | rank) + local % 2;
+// What the norm does to a row, by four lanes; they are alike in what they return.
+__device__ __forceinline__ NormSums NormOf(const LinearRowsArgs& args, float inverse_in,
+                                           int32_t row, int32_t lane) {
+  constexpr int kPartsAtOnce = 4;  // that a lane reads
+  const int32_t size = args.w.in;
+  const int32_t parts = (size + kPartColumns - 1) / kPartColumns;
+  const float2* const from = args.x.parts + row * args.x.part_stride;
+  PartSums sums;
+  sums.pivot = __ldcg(&from->x);
+#pragma unroll 1
+  for (int32_t part = lane % 4; part < parts; part += 4 * kPartsAtOnce) {
+    float2 read[kPartsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) read[i] = __ldcg(from + min(part + 4 * i, parts - 1));
+#pragma unroll
+    for (int i = 0; i < kPartsAtOnce; ++i) {
+      const int32_t left = size - (part + 4 * i) * kPartColumns;
+      if (left > 0) sums.Add(read[i], static_cast<float>(min(left, kPartColumns)));
+    }
+  }
+#pragma unroll
+  for (int offset = 1; offset < 4; offset *= 2) {
+    sums.sum += __shfl_xor_sync(0xffffffffu, sums.sum, offset);
+    sums.squares += __shfl_xor_sync(0xffffffffu, sums.squares, offset);
+  }
+  return sums.Norm(inverse_in, args.eps);
 }
 
-// What the norm does to a block's rows, to `norms`; by the warps from kSupplyWarp + 1 on. A row is four
-// lanes'. `row_of(local)` is the row in `args.x` of the block's row `local`, below 0 where there is none.
+// That of a block's rows, to `norms`; by the warps from kSupplyWarp + 1 on. `row_of(local)` is the row in `args.x` of
+// the block's row `local`, or any other where there is none.
 template <typename RowOfLocal>
 __device__ __forceinline__ void ReadNorms(const LinearRowsArgs& args, float inverse_in,
                                           const RowOfLocal& row_of, int32_t locals, int32_t warp,
                                           int32_t lane, NormSums* norms) {
-  constexpr int kReaders = kWarps - kSupplyWarp - 1;
-  constexpr int kPartsAtOnce = 4;  // that a lane reads
-  const int32_t size = args.w.in;
-  const int32_t parts = (size + kPartColumns - 1) / kPartColumns;
 #pragma unroll 1
-  for (int32_t first = (warp - kSupplyWarp - 1) * 8; first < locals; first += 8 * kReaders) {
+  for (int32_t first = (warp - kSupplyWarp - 1) * 8; first < locals; first += 8 * kNormWarps) {
     const int32_t local = first + lane / 4;
-    const int32_t row = local < locals ? row_of(local) : -1;
-    const float2* const from = args.x.parts + max(row, 0) * args.x.part_stride;
-    PartSums sums;
-    sums.pivot = __ldcg(&from->x);
-#pragma unroll 1
-    for (int32_t part = lane % 4; part < parts; part += 4 * kPartsAtOnce) {
-      float2 read[kPartsAtOnce];
-#pragma unroll
-      for (int i = 0; i < kPartsAtOnce; ++i) read[i] = __ldcg(from + min(part + 4 * i, parts - 1));
-#pragma unroll
-      for (int i = 0; i < kPartsAtOnce; ++i) {
-        const int32_t left = size - (part + 4 * i) * kPartColumns;
-        if (left > 0) sums.Add(read[i], static_cast<float>(min(left, kPartColumns)));
-      }
-    }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      sums.sum += __shfl_xor_sync(0xffffffffu, sums.sum, offset);
-      sums.squares += __shfl_xor_sync(0xffffffffu, sums.squares, offset);
-    }
-    if (row >= 0 && lane % 4 == 0) norms[local] = sums.Norm(inverse_in, args.eps);
+    const NormSums norm = NormOf(args, inverse_in, row_of(local), lane);
+    if (local < locals && lane % 4 == 0) norms[local] = norm;
   }
 }
 

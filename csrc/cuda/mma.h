@@ -142,6 +142,8 @@ __device__ inline uint32_t PackPair<BFloat16>(float low, float high) {
 #endif
 }
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 // 2^x, without the care for denormal results that exp2f takes.
 __device__ inline float Exp2(float x) {
   float y;

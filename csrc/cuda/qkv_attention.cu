@@ -11,6 +11,7 @@
 // The bits of a row's result are those of LinearRows and DecodeAttention.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 #include "cuda/attention_decode.h"
 #include "cuda/attention_decode_worker.h"
@@ -53,6 +54,7 @@ struct AttendPlan {
   int32_t most_chunks;  // of these, a block's
   int32_t share_bits;   // log2 of the shares that are summed apart, as in LinearRows
   bool whole;           // rows are whole chunks
+  int32_t copied_at_once;  // chunks
   int32_t early_slots, slots;   // that pages come to from the start, and in all
   int64_t layer_at, values_at;  // bytes from a page to the layer's keys, and from these to values
   // Offsets in shared memory, where weights come first, and later results and then late slots.
@@ -62,12 +64,15 @@ struct AttendPlan {
 #if FASTGEN_ARCH_HAS_WARPGROUP
 
 constexpr int kMultiplying = 2 * kTiles;  // blocks of a cluster: two have a tile
-constexpr int kCacheWarp = kTiles;  // stores the row's own keys and values; the ones before finish sums
+constexpr int kCacheWarp = kWarps - 1;  // stores the row's own keys and values at the end
+
+// Whose warp finishes which tile of the row's sums: the last ones, which neither multiply nor copy.
+constexpr int kFinishers = kSupplyWarp + 1;
+static_assert(kWarps - kFinishers == kTiles, "a warp for each");
 
 template <typename Element>
 struct Shared {
-  uint64_t there, sums_there, slots[kMostSlots];  // barriers
-  NormSums norm;
+  uint64_t there, multiplied, sums_there, slots[kMostSlots];  // barriers
   QueryPieces<Element, kHeadSize> query;
   alignas(16) uint16_t newest[2][kHeadSize];  // the row's own keys and values
 };
@@ -157,18 +162,18 @@ __device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>
   worker.Store(sums, stats, kHeadSize, lane);
 }
 
-// The products of so many chunks.
+// The products of so many chunks from these places on, which go on.
 template <typename Element>
-__device__ __forceinline__ void Multiply(uint64_t weights, uint64_t rows, int32_t chunks,
+__device__ __forceinline__ void Multiply(uint32_t* weights, uint32_t* rows, int32_t chunks,
                                          float (&sums)[kRows / 2]) {
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-  for (int32_t i = 0; i < chunks; ++i) {
+  for (int32_t i = chunks; i > 0; --i) {
     WarpgroupFence();
-    linear_rows::MultiplyChunk<Element, kRows>(weights + i * (kWeightBytes / 16),
-                                               rows + i * (kRowChunkBytes / 16), sums);
+    linear_rows::MultiplyChunk<Element, kRows>(DescriptorOf(*weights), DescriptorOf(*rows), sums);
     WarpgroupCommit();
+    *weights += kWeightBytes / 16, *rows += kRowChunkBytes / 16;
   }
   WarpgroupWait<0>();
 #pragma unroll
@@ -187,16 +192,19 @@ struct StoreAttended {
 
 #endif  // FASTGEN_ARCH_HAS_WARPGROUP
 
+// As in linear_rows.cu, what is on the way from the end of the kernel before to the outputs is computed before it.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 2)
     AttendKernel(const FASTGEN_GRID_CONSTANT AttendPlan plan) {
 #if FASTGEN_ARCH_HAS_WARPGROUP
-  __shared__ Shared<Element> shared;
+  using InShared = Shared<Element>;
+  __shared__ InShared shared;
+  if (!plan.args.qkv.first) LetNextGridStart();
   // A swizzled line's place follows from its address.
   char* const memory = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
   const LinearRowsArgs& args = plan.args.qkv;
-  const int32_t warp = threadIdx.x / 32;
-  const int32_t lane = threadIdx.x % 32;
+  const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int32_t lane = Kept(threadIdx.x % 32);
   const int32_t rank = blockIdx.x % kBlocks;
   const int32_t head = blockIdx.x / kBlocks;
   const int32_t width = args.cache.num_heads * kHeadSize;
@@ -204,36 +212,42 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int32_t rows = min(args.rows - first_row, kRows);
   const int32_t my_row = first_row + rank;
   const bool has_row = rank < rows;
-  const int32_t shares = 1 << (plan.share_bits - 1);  // of the block, if it multiplies
+  const int32_t shares = Kept(1 << (plan.share_bits - 1));  // of the block, if it multiplies
   const int32_t first_share = rank % 2 * shares;
   const int32_t first_chunk = ShareBegin(plan, first_share);
   const int32_t chunks =
       rank < kMultiplying ? ShareBegin(plan, first_share + shares) - first_chunk : 0;
   const uint32_t weights_at = SharedAddress(memory);
   const uint32_t rows_at = weights_at + plan.rows_at;
+  const uint32_t barriers = Kept(SharedAddress(&shared));
 
-  if (threadIdx.x == kSupplyWarp * 32) {
+  if (warp == kSupplyWarp && ElectLane()) {
     BarrierInit(&shared.there, 1);
+    BarrierInit(&shared.multiplied, kSupplyWarp);
     BarrierInit(&shared.sums_there, 1);
     for (int32_t i = 0; i < plan.slots; ++i) BarrierInit(shared.slots + i, 1);
     BarrierInitDone();
     BarrierArriveExpect(&shared.sums_there, has_row ? kTiles * 2 * shares * kSumBytes : 0);
-    BarrierArriveExpect(&shared.there, chunks * (kWeightBytes + kRowChunkBytes));
+    const int32_t copied = plan.whole && chunks > 0 ? plan.most_chunks : chunks;
+    BarrierArriveExpect(&shared.there, copied * (kWeightBytes + kRowChunkBytes));
 #pragma unroll 1
-    for (int32_t i = 0; i < chunks; ++i) {
+    for (int32_t i = 0; i < chunks; i += plan.copied_at_once) {
       StreamTile(weights_at + i * kWeightBytes, plan.weights, plan.whole, first_chunk + i,
                  rank / 2 * width + head * kHeadSize, &shared.there);
     }
     PrefetchMap(plan.rows);
-    if (args.first) WaitForGrid();
-    LetNextGridStart();
+    if (args.first) {
+      WaitForGrid();
+      LetNextGridStart();
+    }
   }
+  __syncwarp();
   // What no kernel writes is read before the kernel before has ended: of the outputs that the lane finishes,
-  const int32_t tile = warp;
+  const int32_t tile = warp - kFinishers;
   const int32_t in_head = lane / 8 * 16 + lane % 8;
   const bool normed = args.norm_sums != nullptr;
   float bias[2] = {}, norm_sums[2] = {};
-  if (tile < kTiles) {
+  if (tile >= 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t n = tile * width + head * kHeadSize + in_head + 8 * i;
@@ -263,66 +277,80 @@ __global__ void __launch_bounds__(kThreads, 2)
     ahead.Prefetch(lane);
     ahead.Go(ahead.page + kWarps);
   }
+  // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
+  uint32_t sums_to = Kept(weights_at + plan.sums_at +
+                          (rank / 2 * 2 * shares + first_share) * kSumBytes +
+                          (warp * 8 + lane / 4) * 8);
+  const int32_t two_rows = Kept(lane % 4 * 2), rows_left = Kept(rows - lane % 4 * 2);
+  uint32_t weights_place = Kept(TilePlace(weights_at)), rows_place = Kept(TilePlace(rows_at));
+  int32_t part = Kept(ShareBegin(plan, first_share + 1) - first_chunk);
+  const uint32_t sums_from =
+      Kept(weights_at + plan.sums_at + tile * 2 * shares * kSumBytes + lane * 8);
+  // The warp's first page.
+  int32_t positions = Kept(min(kPage, place.length - warp * kPage));
+  int32_t page_at = Kept(pages.SlotAt(warp));
+  uint32_t page_there = Kept(SharedAddress(shared.slots + warp));
+  const bool late = early < pages.own && !pages.Done();
   ClusterWait();
-  WaitForGrid();
 
   if (warp == kSupplyWarp) {
     if (ElectLane()) {
+      if (chunks > 0 && plan.whole) {  // by itself, as in linear_rows.cu
+        WaitForGrid();
+        CopyTile(rows_at, plan.rows, true, first_chunk, first_row, &shared.there);
+      } else {
+        WaitForGrid();
 #pragma unroll 1
-      for (int32_t i = 0; i < chunks; ++i) {
-        CopyTile(rows_at + i * kRowChunkBytes, plan.rows, plan.whole, first_chunk + i, first_row,
-                 &shared.there);
+        for (int32_t i = 0; i < chunks; ++i) {
+          CopyTile(rows_at + i * kRowChunkBytes, plan.rows, false, first_chunk + i, first_row,
+                   &shared.there);
+        }
       }
     }
     __syncwarp();
-  } else if (warp == kSupplyWarp + 1) {
-    if (normed) {
-      linear_rows::ReadNorms(
-          args, plan.inverse_in, [&](int32_t) { return has_row ? my_row : -1; }, 1, warp, lane,
-          &shared.norm);
-    }
-  } else if (warp < kSupplyWarp && chunks > 0) {
+  }
+  WaitForGrid();
+  // Each of them finds out for itself what the norm does to the row.
+  NormSums norm = {0.0f, 1.0f};
+  if (tile >= 0 && normed) {
+    norm = linear_rows::NormOf(args, plan.inverse_in, has_row ? my_row : first_row, lane);
+  }
+  if (warp < kSupplyWarp && chunks > 0) {
     float sums[kRows / 2];
-    uint64_t weights = TileDescriptor(weights_at), tile_rows = TileDescriptor(rows_at);
-    uint32_t to = weights_at + plan.sums_at + (rank / 2 * 2 * shares + first_share) * kSumBytes +
-                  (warp * 8 + lane / 4) * 8;
-    const uint32_t there = SharedAddress(&shared.sums_there);
-    BarrierWait(&shared.there, 0);
+    const uint32_t there = barriers + offsetof(InShared, sums_there);
+    BarrierWait(barriers + offsetof(InShared, there), 0);
 #pragma unroll 1
-    for (int32_t share = first_share; share < first_share + shares; ++share) {
-      const int32_t part = ShareBegin(plan, share + 1) - ShareBegin(plan, share);
-      Multiply<Element>(weights, tile_rows, part, sums);
-      weights += part * (kWeightBytes / 16);
-      tile_rows += part * (kRowChunkBytes / 16);
-      // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
+    for (int32_t share = first_share;;) {
+      Multiply<Element>(&weights_place, &rows_place, part, sums);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int32_t row = lane % 4 * 2 + i;
-        if (row >= rows) break;
-        StoreAsync(AddressInBlock(to, row), make_float2(sums[i], sums[i + 2]),
-                   AddressInBlock(there, row));
+        if (i >= rows_left) break;
+        StoreAsync(AddressInBlock(sums_to, two_rows + i), make_float2(sums[i], sums[i + 2]),
+                   AddressInBlock(there, two_rows + i));
       }
-      to += kSumBytes;
+      if (++share == first_share + shares) break;
+      part = ShareBegin(plan, share + 1) - ShareBegin(plan, share);
+      sums_to += kSumBytes;
     }
+    if (lane == 0) BarrierArrive(&shared.multiplied);
   }
-  __syncthreads();  // the norm; weights are not needed any more
   if (!has_row) return;
+  if (late) {
+    if (chunks > 0) BarrierWait(&shared.multiplied, 0);  // weights are not needed any more
 #pragma unroll 1
-  for (int32_t i = early; i < pages.own; ++i) pages.Ask(memory, shared.slots, lane);
+    for (int32_t i = early; i < pages.own; ++i) pages.Ask(memory, shared.slots, lane);
+  }
 
-  if (tile < kTiles) {
-    BarrierWait(&shared.sums_there, 0);
-    const float2* const from =
-        reinterpret_cast<const float2*>(memory + plan.sums_at + tile * 2 * shares * kSumBytes) +
-        lane;
-    float2 sum = from[0];
+  if (tile >= 0) {
+    BarrierWait(barriers + offsetof(InShared, sums_there), 0);
+    float2 sum = LoadShared2(sums_from);
+    const float2 second = LoadShared2(sums_from + kSumBytes);
+    sum.x += second.x, sum.y += second.y;
 #pragma unroll 1
-    for (int32_t share = 1; share < 2 * shares; ++share) {
-      const float2 more = from[share * kUnits];
+    for (int32_t share = 2; share < 2 * shares; ++share) {
+      const float2 more = LoadShared2(sums_from + share * kSumBytes);
       sum.x += more.x, sum.y += more.y;
     }
-    NormSums norm = {0.0f, 1.0f};
-    if (normed) norm = shared.norm;
     float value[2] = {sum.x, sum.y};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -342,47 +370,49 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   // Sixteen lanes have 16 bytes each of what the row adds to the cache.
   const int32_t kind = lane / 8, piece = lane % 8;
-  uint4 newest = make_uint4(0, 0, 0, 0);
-  if (lane < 16) newest = reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
-  if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
-    char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
-                     place.in_page * kPositionBytes;
-    reinterpret_cast<uint4*>(to)[piece] = newest;
-  }
-
   float* const results = reinterpret_cast<float*>(memory);
   float* const stats = results + kDecodeParts * kHeadSize;
   int32_t slot = 0;
   uint32_t parity = 0;
 #pragma unroll 1
   for (int32_t number = warp; number < pages.count; number += kWarps) {
-    const int32_t positions = min(kPage, place.length - number * kPage);
-    char* const from = memory + pages.SlotAt(slot * kWarps + warp);
-    BarrierWait(shared.slots + slot * kWarps + warp, parity);
+    char* const from = memory + page_at;
+    BarrierWait(page_there, parity);
     if (number + 1 == pages.count) {
       if (lane < 16) {
         char* const to = from + kind * kPageBytes + (positions - 1) * kPositionBytes;
-        reinterpret_cast<uint4*>(to)[piece] = newest;
+        reinterpret_cast<uint4*>(to)[piece] =
+            reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
       }
       __syncwarp();
     }
     AttendPage<Element>(shared.query, from, positions, results + number * kHeadSize,
                         stats + 2 * number, lane);
+    if (number + kWarps >= pages.count) break;
     __syncwarp();
     pages.Ask(memory, shared.slots, lane);
     if (++slot == pages.own) {
       slot = 0;
       parity ^= 1;
     }
+    positions = min(kPage, place.length - (number + kWarps) * kPage);
+    page_at = pages.SlotAt(slot * kWarps + warp);
+    page_there = SharedAddress(shared.slots + slot * kWarps + warp);
   }
   __syncthreads();
-  uint16_t* const out =
-      static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize;
-  if (pages.count == 0) {  // there is no token
-    if (threadIdx.x < kHeadSize) out[threadIdx.x] = 0;
-    return;
+  if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
+    char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
+                     place.in_page * kPositionBytes;
+    reinterpret_cast<uint4*>(to)[piece] =
+        reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
   }
   if (warp >= kHeadSize / 32) return;
+  uint16_t* const out = static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld +
+                        head * kHeadSize;
+  if (pages.count == 0) {  // there is no token
+    out[threadIdx.x] = 0;
+    return;
+  }
   CombineParts<8>([=](int p) { return results + p * kHeadSize; },
                   [=](int p) { return stats + p * 2; }, [](const float* p) { return *p; },
                   pages.count, kHeadSize, warp * 32, kHeadSize, lane, StoreAttended<Element>{out});
@@ -398,6 +428,7 @@ int64_t Arrange(const Matrix& w, AttendPlan* plan) {
   plan->share_bits = linear_rows::ClusterBits(w);
   if (plan->share_bits == 0) return 0;  // columns are not cut
   plan->most_chunks = Quotient(plan->chunks, 2);
+  plan->copied_at_once = plan->whole ? plan->most_chunks : 1;
   const int64_t weights = int64_t{plan->most_chunks} * kWeightBytes;
   const int64_t sums = weights + int64_t{plan->most_chunks} * kRowChunkBytes;
   const int64_t slots = sums + (int64_t{kTiles} << plan->share_bits) * kSumBytes;
@@ -418,7 +449,7 @@ cudaError_t LaunchWith(AttendPlan* plan, int64_t shared_bytes, cudaStream_t stre
   LaunchShape shape;
   shape.shared_bytes = static_cast<size_t>(shared_bytes);
   const cudaError_t status =
-      linear_rows::MakeMaps(args, kRows, 1, &plan->weights, &plan->rows);
+      linear_rows::MakeMaps(args, kRows, plan->copied_at_once, &plan->weights, &plan->rows);
   if (status != cudaSuccess) return status;
   shape.grid = dim3(static_cast<unsigned>(args.cache.num_heads * kBlocks),
                     static_cast<unsigned>(Quotient(args.rows, kRows)));
