@@ -345,6 +345,15 @@ class Steps:
         print(f"  cycles of the head: {np.median(busy):.0f} (median)")
 
 
+def dtypes_of(text: str) -> list[str]:
+    """The weight types of a list with commas."""
+    dtypes = text.split(",")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise argparse.ArgumentTypeError(f"'{dtype}' is none of {', '.join(DTYPES)}")
+    return dtypes
+
+
 def main() -> None:
     """Prints a line for each number of rows and context."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -354,7 +363,9 @@ def main() -> None:
     parser.add_argument(
         "--choice", default="none", help="who chooses tokens: " + ", ".join(CHOICES)
     )
-    parser.add_argument("--dtype", default="float16", help="of weights: " + ", ".join(DTYPES))
+    parser.add_argument(
+        "--dtype", type=dtypes_of, default=["float16"], help="of weights: " + ", ".join(DTYPES)
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--stamps", help="write the last profile's [block, phase, stamp] here, .npy"
@@ -365,7 +376,7 @@ def main() -> None:
         cells = [
             (int(context), choice, dtype)
             for context in options.contexts.split(",")
-            for dtype in options.dtype.split(",")
+            for dtype in options.dtype
             for choice in options.choice.split(",")
         ]
         for context, choice, dtype in cells:
