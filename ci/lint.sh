@@ -17,7 +17,7 @@ esac
 ci/env.sh lint lint
 export PATH="$PWD/.venv/lint/bin:$PATH"
 
-mapfile -d '' -t cxx < <(find csrc tests -type f \( -name '*.cc' -o -name '*.h' -o -name '*.hpp' -o -name '*.c' \) -print0)
+mapfile -d '' -t cxx < <(find csrc tests -type f \( -name '*.cc' -o -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cu' \) -print0)
 if ((fix)); then
   ruff check --fix --quiet . || true
   ruff format --quiet .

@@ -176,8 +176,7 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
 
 template <typename Flavour>
-__global__ void __launch_bounds__(Flavour::kWarps * 32)
-    StreamKernel(const StreamTask task) {
+__global__ void __launch_bounds__(Flavour::kWarps * 32) StreamKernel(const StreamTask task) {
 #if FASTGEN_ARCH_HAS_PERSISTENT
   constexpr int kWarps = Flavour::kWarps;
   static_assert(Flavour::kRun <= 32, "a bit for each round of a run");

@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   const uint32_t weights_at = SharedAddress(shared);
   const uint32_t rows_at = weights_at + plan.rows_at;
 
-  const Supply<kRows, kResident> supply = {plan,      barriers,    weights_at, rows_at, tile * kTileOutputs,
-                                first_row, first_chunk, chunks};
+  const Supply<kRows, kResident> supply = {
+      plan, barriers, weights_at, rows_at, tile * kTileOutputs, first_row, first_chunk, chunks};
   if (warp == kSupplyWarp && ElectLane()) {
     for (int32_t i = 0; i < plan.stages; ++i) {
       BarrierInit(&barriers.there[i], 1);
@@ -207,8 +207,9 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   aim(first_pair);
   target.Keep<kEpilogue>();
   // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
-  const uint32_t sums_to = Kept(weights_at + plan.sums_at + rank * kPairBytes + (warp * 8 + lane / 4) * 16 +
-      (lane % 4 & ~(blocks - 1)) * kPairBytes);
+  const uint32_t sums_to =
+      Kept(weights_at + plan.sums_at + rank * kPairBytes + (warp * 8 + lane / 4) * 16 +
+           (lane % 4 & ~(blocks - 1)) * kPairBytes);
   const int32_t sums_block = Kept(lane & (min(blocks, 4) - 1));
   const uint32_t weights_place = Kept(TilePlace(weights_at)), rows_place = Kept(TilePlace(rows_at));
   const int32_t pairs_left = Kept(pairs - lane % 4);
@@ -269,7 +270,8 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   }
   if (warp < kSupplyWarp) {
     float sums[kRows / 2];
-    MultiplyShare<Element, kRows, kResident>(barriers_at, weights_place, rows_place, chunks, stages, lane, sums);
+    MultiplyShare<Element, kRows, kResident>(barriers_at, weights_place, rows_place, chunks, stages,
+                                             lane, sums);
     const uint32_t there = barriers_at + offsetof(Barriers, sums_there);
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -398,8 +400,9 @@ cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
   shape.threads = kThreads;
   shape.cluster = 1 << plan->cluster_bits;
   shape.overlap = args.overlap;
-  return plan->resident ? Launch(RowsKernel<Element, kRows, kEpilogue, true>, shape, stream, *plan)
-                        : Launch(RowsKernel<Element, kRows, kEpilogue, false>, shape, stream, *plan);
+  return plan->resident
+             ? Launch(RowsKernel<Element, kRows, kEpilogue, true>, shape, stream, *plan)
+             : Launch(RowsKernel<Element, kRows, kEpilogue, false>, shape, stream, *plan);
 }
 
 template <typename Element, Epilogue kEpilogue>
@@ -438,7 +441,8 @@ cudaError_t LinearRowsSupported(DType weights, int32_t normed_columns, bool* sup
   status = GetDeviceLimits(&limits);
   if (status != cudaSuccess) return status;
   static KnownClusters known;
-  const void* const kernel = reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore, true>);
+  const void* const kernel =
+      reinterpret_cast<const void*>(RowsKernel<__half, 8, Epilogue::kStore, true>);
   limits.shared_bytes -= kFixedBytes;
   *supported = ClustersAtOnce(kernel, kMaxClusterBits, kThreads, limits, &known) > 0;
   return cudaSuccess;

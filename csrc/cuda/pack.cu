@@ -238,7 +238,7 @@ cudaError_t PackOutputs(const Matrix& to, int32_t first, int32_t count, const Pa
 cudaError_t FoldNorm(const Matrix& w, const Norm& norm, float* sums, float* bias, float* most,
                      cudaStream_t stream) {
   FoldKernel<<<(w.out + kWarps - 1) / kWarps, dim3(32, kWarps), 0, stream>>>(w, norm, sums, bias,
-                                                                              most);
+                                                                             most);
   return cudaGetLastError();
 }
 

@@ -236,8 +236,7 @@ bool MakePlan(const PersistentArgs& args, int blocks, int memory, Plan* plan) {
   *plan = Plan();
   const auto product = [&](Phase phase, const PersistentProduct& from, int32_t in, int32_t out,
                            int32_t first) {
-    plan->products[phase] =
-        MakeProduct(phase, from, args.dtype, rows, in, out, blocks, first);
+    plan->products[phase] = MakeProduct(phase, from, args.dtype, rows, in, out, blocks, first);
     return plan->products[phase].first + plan->products[phase].tiles_left;
   };
   // Where tiles do not come out even, others have one more in the next product. The two that add to

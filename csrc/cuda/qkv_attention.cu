@@ -34,7 +34,7 @@ constexpr int kRows = 8;                 // of a cluster: one of each block
 constexpr int kBlocks = kRows;           // of a cluster
 constexpr int kHeadSize = kTileOutputs;  // so queries, keys and values of a head are a tile each
 constexpr int kTiles = 3;
-constexpr int kUnits = kTileOutputs / 2;  // of a tile: two outputs, 8 apart, that a lane has of a row
+constexpr int kUnits = kTileOutputs / 2;   // of a tile: a lane's two outputs of a row, 8 apart
 constexpr int kSumBytes = kUnits * 2 * 4;  // of a tile and a row, of a share of the columns
 constexpr int kRowChunkBytes = kRows * kChunkColumns * 2;
 constexpr int kPositionBytes = kHeadSize * 2;
@@ -48,13 +48,13 @@ static_assert(kResultBytes % 16 == 0, "slots lie behind");
 struct AttendPlan {
   TensorMap weights, rows;
   QkvAttentionArgs args;
-  float query_factor;   // 1 / sqrt(head_size)
-  float inverse_in;     // 1 / columns
-  int32_t chunks;       // of a row
-  int32_t most_chunks;  // of these, a block's
-  int32_t share_bits;   // log2 of the shares that are summed apart, as in LinearRows
-  bool whole;           // rows are whole chunks
-  int32_t copied_at_once;  // chunks
+  float query_factor;           // 1 / sqrt(head_size)
+  float inverse_in;             // 1 / columns
+  int32_t chunks;               // of a row
+  int32_t most_chunks;          // of these, a block's
+  int32_t share_bits;           // log2 of the shares that are summed apart, as in LinearRows
+  bool whole;                   // rows are whole chunks
+  int32_t copied_at_once;       // chunks
   int32_t early_slots, slots;   // that pages come to from the start, and in all
   int64_t layer_at, values_at;  // bytes from a page to the layer's keys, and from these to values
   // Offsets in shared memory, where weights come first, and later results and then late slots.
@@ -64,7 +64,7 @@ struct AttendPlan {
 #if FASTGEN_ARCH_HAS_WARPGROUP
 
 constexpr int kMultiplying = 2 * kTiles;  // blocks of a cluster: two have a tile
-constexpr int kCacheWarp = kWarps - 1;  // stores the row's own keys and values at the end
+constexpr int kCacheWarp = kWarps - 1;    // stores the row's own keys and values at the end
 
 // Whose warp finishes which tile of the row's sums: the last ones, which neither multiply nor copy.
 constexpr int kFinishers = kSupplyWarp + 1;
@@ -115,9 +115,8 @@ struct Pages {
     return (number - warp + kWarps - 1) / kWarps;
   }
   __device__ __forceinline__ uint32_t SlotAt(int32_t number) const {
-    return number < plan.early_slots
-               ? plan.slots_at + number * kSlotBytes
-               : kResultBytes + (number - plan.early_slots) * kSlotBytes;
+    return number < plan.early_slots ? plan.slots_at + number * kSlotBytes
+                                     : kResultBytes + (number - plan.early_slots) * kSlotBytes;
   }
 
   // Asks for the next page.
@@ -147,9 +146,9 @@ struct Pages {
 
 // Attends over a page, at `slot`, whose first positions the row sees.
 template <typename Element>
-__device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>& query,
-                                        char* slot, int32_t positions, float* sums,
-                                        float* stats, int32_t lane) {
+__device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>& query, char* slot,
+                                           int32_t positions, float* sums, float* stats,
+                                           int32_t lane) {
   MmaWorker<Element, kHeadSize / 8, true> worker;
   worker.Query(query, lane);
   worker.Clear();
@@ -278,9 +277,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     ahead.Go(ahead.page + kWarps);
   }
   // A lane has sums of two neighbouring rows, of outputs lane / 4 and 8 further of its warp's 16.
-  uint32_t sums_to = Kept(weights_at + plan.sums_at +
-                          (rank / 2 * 2 * shares + first_share) * kSumBytes +
-                          (warp * 8 + lane / 4) * 8);
+  uint32_t sums_to =
+      Kept(weights_at + plan.sums_at + (rank / 2 * 2 * shares + first_share) * kSumBytes +
+           (warp * 8 + lane / 4) * 8);
   const int32_t two_rows = Kept(lane % 4 * 2), rows_left = Kept(rows - lane % 4 * 2);
   uint32_t weights_place = Kept(TilePlace(weights_at)), rows_place = Kept(TilePlace(rows_at));
   int32_t part = Kept(ShareBegin(plan, first_share + 1) - first_chunk);
@@ -407,8 +406,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
   }
   if (warp >= kHeadSize / 32) return;
-  uint16_t* const out = static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld +
-                        head * kHeadSize;
+  uint16_t* const out =
+      static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize;
   if (pages.count == 0) {  // there is no token
     out[threadIdx.x] = 0;
     return;

@@ -154,7 +154,8 @@ __device__ uint32_t SaturatePair(uint32_t pair) {
 }
 
 __global__ void __launch_bounds__(kThreads) SaturateKernel(const SaturateArgs args) {
-  uint4* const row = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.x) + blockIdx.x * args.ld);
+  uint4* const row =
+      reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.x) + blockIdx.x * args.ld);
   for (int32_t i = threadIdx.x; i * 8 < args.ld; i += kThreads) {
     const uint4 eight = row[i];
     row[i] = make_uint4(SaturatePair(eight.x), SaturatePair(eight.y), SaturatePair(eight.z),
