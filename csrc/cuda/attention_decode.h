@@ -280,7 +280,7 @@ struct Gathered {
 // out = the parts' sums, weighted by how far each part's maximum lies under the greatest, for the
 // numbers first + lane, first + stride + lane, ... of a head. `sums(part)` and `stats(part)` say
 // where a part is, `fetch` reads it, `store(d, x)` writes number d.
-// Up to kFewParts parts are weighed by each lane, and lanes wait for nothing of each other.
+// There is a part. Up to kFewParts are weighed by each lane, and lanes wait for nothing of each other.
 constexpr int kFewParts = 8;
 
 template <typename Sums, typename Stats, typename Fetch, typename Store>

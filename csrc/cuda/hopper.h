@@ -240,7 +240,8 @@ __device__ __forceinline__ float4 LoadShared4(uint32_t from) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(from));
+               : "r"(from)
+               : "memory");
   return x;
 }
 // Undefined in lanes that shall not have it, which take the same way.
@@ -253,12 +254,13 @@ __device__ __forceinline__ float4 LoadShared4If(uint32_t from, bool shall) {
       "@shall ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
       "}\n"
       : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-      : "r"(from), "r"(static_cast<int>(shall)));
+      : "r"(from), "r"(static_cast<int>(shall))
+      : "memory");
   return x;
 }
 __device__ __forceinline__ float2 LoadShared2(uint32_t from) {
   float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
   return x;
 }
 
