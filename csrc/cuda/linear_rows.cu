@@ -109,44 +109,34 @@ template <typename Element, int kRows, bool kResident>
 __device__ __forceinline__ void MultiplyShare(uint32_t barriers, uint32_t weights, uint32_t rows,
                                               int32_t chunks, int32_t stages, int32_t lane,
                                               float (&sums)[kRows / 2]) {
-  constexpr uint32_t kWeightStep = kWeightBytes / 16;
-  constexpr uint32_t kRowStep = Supply<kRows, kResident>::kRowBytes / 16;
   constexpr uint32_t kThere = offsetof(Barriers, there), kRead = offsetof(Barriers, read);
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
   if (kResident) {
     BarrierWait(barriers + kThere, 0);
-#pragma unroll 1
-    for (int32_t i = chunks; i > 0; --i) {
-      WarpgroupFence();
-      MultiplyChunk<Element, kRows>(DescriptorOf(weights), DescriptorOf(rows), sums);
-      WarpgroupCommit();
-      weights += kWeightStep, rows += kRowStep;
-    }
-  } else {
-    int32_t stage = 0, before = 0;
-    uint32_t parity = 0;
-#pragma unroll 1
-    for (int32_t i = 0; i < chunks; ++i) {
-      BarrierWait(barriers + kThere + stage * 8, parity);
-      WarpgroupFence();
-      MultiplyChunk<Element, kRows>(DescriptorOf(weights + stage * kWeightStep),
-                                    DescriptorOf(rows + stage * kRowStep), sums);
-      WarpgroupCommit();
-      WarpgroupWait<1>();
-      if (i > 0 && lane == 0) BarrierArrive(barriers + kRead + before * 8);
-      before = stage;
-      if (++stage == stages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    }
+    MultiplyChunks<Element, kRows>(&weights, &rows, chunks, sums);
+    return;
   }
-  WarpgroupWait<0>();
+  constexpr uint32_t kWeightStep = kWeightBytes / 16;
+  constexpr uint32_t kRowStep = Supply<kRows, kResident>::kRowBytes / 16;
 #pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) {
-    asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
+  int32_t stage = 0, before = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int32_t i = 0; i < chunks; ++i) {
+    BarrierWait(barriers + kThere + stage * 8, parity);
+    WarpgroupFence();
+    MultiplyChunk<Element, kRows>(DescriptorOf(weights + stage * kWeightStep),
+                                  DescriptorOf(rows + stage * kRowStep), sums);
+    WarpgroupCommit();
+    WarpgroupWait<1>();
+    if (i > 0 && lane == 0) BarrierArrive(barriers + kRead + before * 8);
+    before = stage;
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
+  EndProducts(sums);
 }
 
 #endif  // FASTGEN_ARCH_HAS_WARPGROUP

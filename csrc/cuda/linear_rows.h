@@ -409,6 +409,30 @@ __device__ __forceinline__ void MultiplyChunk(uint64_t a, uint64_t b, float (&su
   }
 }
 
+// Waits for products, and has the compiler know that it did.
+template <int kSums>
+__device__ __forceinline__ void EndProducts(float (&sums)[kSums]) {
+  WarpgroupWait<0>();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// The products of so many chunks whose tiles lie at these places and behind, which go on.
+template <typename Element, int kRows>
+__device__ __forceinline__ void MultiplyChunks(uint32_t* weights, uint32_t* rows, int32_t chunks,
+                                               float (&sums)[kRows / 2]) {
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+  for (int32_t i = chunks; i > 0; --i) {
+    WarpgroupFence();
+    MultiplyChunk<Element, kRows>(DescriptorOf(*weights), DescriptorOf(*rows), sums);
+    WarpgroupCommit();
+    *weights += kWeightBytes / 16, *rows += kRows * kChunkColumns * 2 / 16;
+  }
+  EndProducts(sums);
+}
+
 #endif  // FASTGEN_ARCH_HAS_WARPGROUP
 
 }  // namespace linear_rows

@@ -161,24 +161,6 @@ __device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>
   worker.Store(sums, stats, kHeadSize, lane);
 }
 
-// The products of so many chunks from these places on, which go on.
-template <typename Element>
-__device__ __forceinline__ void Multiply(uint32_t* weights, uint32_t* rows, int32_t chunks,
-                                         float (&sums)[kRows / 2]) {
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) sums[i] = 0.0f;
-#pragma unroll 1
-  for (int32_t i = chunks; i > 0; --i) {
-    WarpgroupFence();
-    linear_rows::MultiplyChunk<Element, kRows>(DescriptorOf(*weights), DescriptorOf(*rows), sums);
-    WarpgroupCommit();
-    *weights += kWeightBytes / 16, *rows += kRowChunkBytes / 16;
-  }
-  WarpgroupWait<0>();
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
 // Writes a number of a row's packed result.
 template <typename Element>
 struct StoreAttended {
@@ -320,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     BarrierWait(barriers + offsetof(InShared, there), 0);
 #pragma unroll 1
     for (int32_t share = first_share;;) {
-      Multiply<Element>(&weights_place, &rows_place, part, sums);
+      linear_rows::MultiplyChunks<Element, kRows>(&weights_place, &rows_place, part, sums);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i >= rows_left) break;

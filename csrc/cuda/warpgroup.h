@@ -59,8 +59,7 @@ __device__ __forceinline__ void CopyToBlock(uint32_t to, uint32_t from, uint32_t
 // ---- products -------------------------------------------------------------------------------------
 
 // Says where rows of 64 columns of 16 bits lie as a tensor map has put them, at a multiple of 1024 bytes;
-// columns 16 k to 16 k + 15 are 2 k further.
-// `TilePlace` is the part of it that differs from tile to tile.
+// columns 16 k to 16 k + 15 are 2 k further. `TilePlace` is the part of it that differs from tile to tile.
 __device__ __forceinline__ uint32_t TilePlace(uint32_t shared) {
   return (shared & 0x3ffffu) >> 4 | 1u << 16;
 }
@@ -68,9 +67,6 @@ __device__ __forceinline__ uint64_t DescriptorOf(uint32_t place) {
   constexpr uint64_t kRowsOf8 = uint64_t{1024 / 16} << 32;
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   return place | kRowsOf8 | kSwizzle128;
-}
-__device__ __forceinline__ uint64_t TileDescriptor(uint32_t shared) {
-  return DescriptorOf(TilePlace(shared));
 }
 
 // Before the first product, and wherever something else has changed the sums.

@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import statistics
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -345,13 +346,17 @@ class Steps:
         print(f"  cycles of the head: {np.median(busy):.0f} (median)")
 
 
-def dtypes_of(text: str) -> list[str]:
-    """The weight types of a list with commas."""
-    dtypes = text.split(",")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise argparse.ArgumentTypeError(f"'{dtype}' is none of {', '.join(DTYPES)}")
-    return dtypes
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """What makes a list with commas a list of known names."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def main() -> None:
@@ -361,10 +366,16 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4")
     parser.add_argument("--contexts", default="16,128,512,1024")
     parser.add_argument(
-        "--choice", default="none", help="who chooses tokens: " + ", ".join(CHOICES)
+        "--choice",
+        type=names_of(CHOICES),
+        default=["none"],
+        help="who chooses tokens: " + ", ".join(CHOICES),
     )
     parser.add_argument(
-        "--dtype", type=dtypes_of, default=["float16"], help="of weights: " + ", ".join(DTYPES)
+        "--dtype",
+        type=names_of(DTYPES),
+        default=["float16"],
+        help="of weights: " + ", ".join(DTYPES),
     )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
@@ -377,7 +388,7 @@ def main() -> None:
             (int(context), choice, dtype)
             for context in options.contexts.split(",")
             for dtype in options.dtype
-            for choice in options.choice.split(",")
+            for choice in options.choice
         ]
         for context, choice, dtype in cells:
             torch.manual_seed(0)
