@@ -68,7 +68,6 @@ __device__ __forceinline__ Chosen Choose(Group<kParts, kThreads>& group, const f
 
   // The best token is looked for only where it may be chosen: in greedy search, and where there
   // turns out to be no distribution, in a second round.
-  group.exchange.WaitForStart();
   Best best;
   float largest;
   bool is_distribution = false;
@@ -164,6 +163,17 @@ __device__ __forceinline__ Chosen Choose(Group<kParts, kThreads>& group, const f
     if (few) {
       if (group.part != 0) return kNotHere;
       find_limit();
+      if (candidates.count <= RowFilter::kOfOneWarp) {
+        // While one warp draws, another one takes the logarithm.
+        Listed drawn = {0.0f, -1};
+        if (group.warp == 0) {
+          drawn = filter.DrawFromFewest(candidates.count, k, limit, s.draw);
+        } else if (group.warp == RowGroup::kWarps - 1) {
+          s.log_sum = log_sum();
+        }
+        __syncthreads();
+        return {drawn.token, drawn.logit - s.log_sum};
+      }
       const Listed drawn = filter.DrawFromListed(candidates.count, k, limit, s.draw, [&] {
         if (group.warp == RowGroup::kWarps - 1) s.log_sum = log_sum();
       });
@@ -262,6 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) SampleKernel(const 
   group.exchange.Start();
   const bool loads_state = group.warp == RowGroup::kWarps - 1;
   if (loads_state) LoadSlot(args, row, group.lane, &s);
+  group.exchange.WaitForStart();
   WaitForGrid();
   Sharing sharing = {count, kThreads - 32,
                      reinterpret_cast<uintptr_t>(row_logits) % sizeof(float4) == 0};
@@ -352,8 +363,13 @@ cudaError_t Sample(const SampleArgs& args, cudaStream_t stream) {
   cudaError_t status = GetDeviceLimits(&limits);
   if (status != cudaSuccess) return status;
   bool launched = false;
-  // Many rows: fewer blocks for each, so that all run at once, two on a multiprocessor.
-  if (args.rows * 8 > limits.multiprocessors * 2) {
+  // More rows: fewer blocks for each, a multiprocessor for each block as long as there are enough.
+  const int32_t most_parts = limits.multiprocessors / args.rows;
+  if (most_parts >= 2 && most_parts < 4) {
+    status = TryClusters<2, Storage::kLogits>(args, scale, limits, stream, &launched);
+    if (launched || status != cudaSuccess) return status;
+  }
+  if (most_parts < 8) {
     status = TryClusters<4, Storage::kLogits>(args, scale, limits, stream, &launched);
     if (launched || status != cudaSuccess) return status;
   }

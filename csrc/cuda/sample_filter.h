@@ -267,6 +267,41 @@ class Filter {
     return {0.0f, -1};
   }
 
+  // The same by one warp, where there are no more than kOfOneWarp: in one of its lanes.
+  __device__ Listed DrawFromFewest(uint32_t count, uint32_t k, uint64_t limit,
+                                   uint32_t draw) const {
+    const auto lane = static_cast<uint32_t>(group.lane);
+    Listed listed = {0.0f, kAllTokens};
+    Candidate mine = {0, kAllTokens, 0};
+    float prob = 0.0f;
+    if (lane < count) {
+      listed = ListedAt(EndsOfListed(), lane);
+      const float exp = source.ExpOfLogit(listed.logit);
+      mine = {__float_as_uint(exp), listed.token, MassOf(exp, source.scale)};
+      prob = source.ProbOf(exp);
+    }
+    uint32_t likelier = 0;
+    uint64_t before = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      const Candidate other = {__shfl_sync(kAllLanes, mine.bits, i),
+                               __shfl_sync(kAllLanes, mine.token, i),
+                               __shfl_sync(kAllLanes, mine.mass, i)};
+      likelier += __shfl_sync(kAllLanes, prob, i) > prob ? 1 : 0;
+      before += IsFirst(other, mine) ? other.mass : 0;
+    }
+    const uint64_t kept = lane < count && likelier < k && before <= limit ? mine.mass : 0;
+    uint64_t running = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      const int32_t token = __shfl_sync(kAllLanes, mine.token, i);
+      const uint64_t mass = __shfl_sync(kAllLanes, kept, i);
+      running += token < mine.token ? mass : 0;
+    }
+    const uint64_t target = TargetOf(SumOverWarp(kept), draw);
+    if (running <= target && running + kept > target) return listed;
+    return {0.0f, -1};
+  }
+  static constexpr uint32_t kOfOneWarp = 32;
+
  private:
   // How threads share the looking from each of few candidates at all: neighbouring lanes look from
   // one of them.
@@ -405,26 +440,38 @@ class Filter {
     return static_cast<unsigned long long>(bits) << 32 | static_cast<uint32_t>(kAllTokens - token);
   }
 
-  // visit(at, token), where `at` counts those of all blocks.
-  template <typename Visit>
-  __device__ void ForEachListed(const Visit& visit) const {
-    uint32_t ends[kParts];
+  // Where those listed by each block end, counted over all.
+  struct Ends {
+    uint32_t of[kParts];
+  };
+  __device__ Ends EndsOfListed() const {
+    Ends ends;
     uint32_t total = 0;
     for (int from = 0; from < kParts; ++from) {
       total += s.listed_counts[from];
-      ends[from] = total;
+      ends.of[from] = total;
     }
-#pragma unroll 1
-    for (auto at = static_cast<uint32_t>(group.thread); at < total; at += kThreads) {
-      uint32_t begin = 0;
-      int source_part = 0;
-      for (int from = 0; from + 1 < kParts; ++from) {
-        if (at >= ends[from]) {
-          begin = ends[from];
-          source_part = from + 1;
-        }
+    return ends;
+  }
+  __device__ Listed ListedAt(const Ends& ends, uint32_t at) const {
+    uint32_t begin = 0;
+    int source_part = 0;
+    for (int from = 0; from + 1 < kParts; ++from) {
+      if (at >= ends.of[from]) {
+        begin = ends.of[from];
+        source_part = from + 1;
       }
-      visit(at, s.listed[source_part][at - begin]);
+    }
+    return s.listed[source_part][at - begin];
+  }
+
+  // visit(at, token), where `at` counts those of all blocks.
+  template <typename Visit>
+  __device__ void ForEachListed(const Visit& visit) const {
+    const Ends ends = EndsOfListed();
+#pragma unroll 1
+    for (auto at = static_cast<uint32_t>(group.thread); at < ends.of[kParts - 1]; at += kThreads) {
+      visit(at, ListedAt(ends, at));
     }
   }
 
