@@ -82,13 +82,12 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
   }
 
   const int first = threadIdx.x - lane;
-  const auto sums_of = [=](int p) { return sums + p * head_size; };
-  const auto stats_of = [=](int p) { return stats + 2 * p; };
   const auto store = [=](int d, float x) { out[d] = x; };
   if (alone) {
     __syncthreads();
-    const auto fetch = [](const float* p) { return *p; };
-    CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, store);
+    CombineParts<8>([=](int p) { return make_float2(stats[2 * p], stats[2 * p + 1]); },
+                    [=](int p, int d) { return sums[p * head_size + d]; }, parts, head_size, first,
+                    kWarps * 32, lane, store);
     return;
   }
   __syncthreads();
@@ -101,8 +100,10 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
   if (!__syncthreads_or(last)) return;
   if (threadIdx.x == 0) args.arrived[unit] = 0;
   // What other blocks wrote is past the first-level cache.
-  const auto fetch = [](const float* p) { return __ldcg(p); };
-  CombineParts<8>(sums_of, stats_of, fetch, parts, head_size, first, kWarps * 32, lane, store);
+  CombineParts<8>(
+      [=](int p) { return make_float2(__ldcg(stats + 2 * p), __ldcg(stats + 2 * p + 1)); },
+      [=](int p, int d) { return __ldcg(sums + p * head_size + d); }, parts, head_size, first,
+      kWarps * 32, lane, store);
 }
 
 struct LaunchDecode {

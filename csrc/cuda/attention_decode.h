@@ -277,68 +277,74 @@ struct Gathered {
   }
 };
 
-// out = the parts' sums, weighted by how far each part's maximum lies under the greatest, for the
-// numbers first + lane, first + stride + lane, ... of a head. `sums(part)` and `stats(part)` say
-// where a part is, `fetch` reads it, `store(d, x)` writes number d.
-// There is a part. Up to kFewParts are weighed by each lane, and lanes wait for nothing of each other.
+// out = the parts' sums, weighted by how far each part's maximum lies under the greatest. `stats(part)` reads a
+// part's maximum and sum of weights, `sums(part, d)` its sum of number d of the head, `store(d, x)` writes that
+// number. There is a part.
+
+// Up to kFewParts are weighed by each lane, and lanes wait for nothing of each other. What is read of parts
+// behind the last one, whatever it is, has no weight.
 constexpr int kFewParts = 8;
 
-template <typename Sums, typename Stats, typename Fetch, typename Store>
-__device__ inline void CombineFewParts(const Sums& sums, const Stats& stats, const Fetch& fetch,
-                                       int parts, int head_size, int first, int stride, int lane,
-                                       const Store& store) {
-  float weight[kFewParts], sum[kFewParts];
+struct FewWeights {
+  float of[kFewParts];
+  float each;  // what the weighted sum is multiplied by
+};
+
+template <typename Stats>
+__device__ __forceinline__ FewWeights WeighFewParts(const Stats& stats, int parts) {
+  float2 read[kFewParts];
 #pragma unroll
-  for (int i = 0; i < kFewParts; ++i) {
-    weight[i] = fetch(stats(min(i, parts - 1)));
-    sum[i] = fetch(stats(min(i, parts - 1)) + 1);
-  }
-  float max = weight[0];
+  for (int i = 0; i < kFewParts; ++i) read[i] = stats(i);
+  float max = read[0].x;
 #pragma unroll
-  for (int i = 1; i < kFewParts; ++i) max = fmaxf(max, weight[i]);
+  for (int i = 1; i < kFewParts; ++i) max = i < parts ? fmaxf(max, read[i].x) : max;
+  FewWeights weights;
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kFewParts; ++i) {
-    weight[i] = i < parts ? Exp2(weight[i] - max) : 0.0f;
-    total = __fmaf_rn(weight[i], sum[i], total);
+    weights.of[i] = Exp2(read[i].x - max);
+    total = i < parts ? __fmaf_rn(weights.of[i], read[i].y, total) : total;
   }
-  const float each = __fdividef(1.0f, total);
-  for (int begin = first; begin < head_size; begin += stride) {
-    const int d = min(begin + lane, head_size - 1);
-    float values[kFewParts], result = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kFewParts; ++i) values[i] = fetch(sums(min(i, parts - 1)) + d);
-#pragma unroll
-    for (int i = 0; i < kFewParts; ++i) {
-      result = i < parts ? __fmaf_rn(weight[i], values[i], result) : result;
-    }
-    if (begin + lane < head_size) store(d, __fmul_rn(result, each));
-  }
+  weights.each = __fdividef(1.0f, total);
+  return weights;
 }
 
-// The same of any number of parts, kBatch of which are read at a time.
-template <int kBatch, typename Sums, typename Stats, typename Fetch, typename Store>
-__device__ inline void CombineParts(const Sums& sums, const Stats& stats, const Fetch& fetch,
-                                    int parts, int head_size, int first, int stride, int lane,
-                                    const Store& store) {
+template <typename Sums>
+__device__ __forceinline__ float SumFewParts(const FewWeights& weights, const Sums& sums, int parts,
+                                             int d) {
+  float values[kFewParts], result = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) values[i] = sums(i, d);
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) {
+    result = i < parts ? __fmaf_rn(weights.of[i], values[i], result) : result;
+  }
+  return __fmul_rn(result, weights.each);
+}
+
+// Any number of parts, for the numbers first + lane, first + stride + lane, ... of a head; of more than
+// kFewParts kBatch are read at a time.
+template <int kBatch, typename Stats, typename Sums, typename Store>
+__device__ inline void CombineParts(const Stats& stats, const Sums& sums, int parts, int head_size,
+                                    int first, int stride, int lane, const Store& store) {
   if (parts <= kFewParts) {
-    CombineFewParts(sums, stats, fetch, parts, head_size, first, stride, lane, store);
+    const FewWeights weights = WeighFewParts(stats, parts);
+    for (int d = first + lane; d < head_size; d += stride) {
+      store(d, SumFewParts(weights, sums, parts, d));
+    }
     return;
   }
-  float max = -Infinity(), sum = 0.0f;
-  if (lane < parts) {
-    max = fetch(stats(lane));
-    sum = fetch(stats(lane) + 1);
-  }
-  const float weight = Exp2(max - MaxOfLanes(max));
-  const float each = __fdividef(1.0f, SumOfLanes(__fmul_rn(weight, sum)));
+  float2 mine = make_float2(-Infinity(), 0.0f);
+  if (lane < parts) mine = stats(lane);
+  const float weight = Exp2(mine.x - MaxOfLanes(mine.x));
+  const float each = __fdividef(1.0f, SumOfLanes(__fmul_rn(weight, mine.y)));
   for (int begin = first; begin < head_size; begin += stride) {
     const int d = min(begin + lane, head_size - 1);
     float result = 0.0f;
     for (int part = 0; part < parts; part += kBatch) {
       float values[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) values[i] = fetch(sums(min(part + i, parts - 1)) + d);
+      for (int i = 0; i < kBatch; ++i) values[i] = sums(min(part + i, parts - 1), d);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const float w = __shfl_sync(kAllLanes, weight, part + i);

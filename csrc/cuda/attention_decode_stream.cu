@@ -167,10 +167,10 @@ __device__ inline void FinishCutHead(const StreamTask& task, const DecodeItem& i
   if (!__any_sync(kAllLanes, last)) return;
   if (lane == 0) args.arrived[unit] = 0;
   // What other blocks wrote is past the first-level cache.
-  CombineParts<kDecodeParts>([=](int p) { return sums + p * head_size; },
-                             [=](int p) { return stats + p * 2; },
-                             [](const float* p) { return __ldcg(p); }, item.parts, head_size, 0, 32,
-                             lane, StoreOut(args, item.row, item.head * head_size));
+  CombineParts<kDecodeParts>(
+      [=](int p) { return make_float2(__ldcg(stats + 2 * p), __ldcg(stats + 2 * p + 1)); },
+      [=](int p, int d) { return __ldcg(sums + p * head_size + d); }, item.parts, head_size, 0, 32,
+      lane, StoreOut(args, item.row, item.head * head_size));
 }
 
 #endif  // FASTGEN_ARCH_HAS_PERSISTENT
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32) StreamKernel(const Strea
     supply.Ask<false>(lane);
   };
   const auto wait = [&] { BarrierWait(barriers + slot, parity); };
-  typename Flavour::Worker worker;
+  typename Flavour::Worker worker(lane);
   const auto attend = [&](auto only, int positions) {
     SharedPage page;
     page.row_bytes = task.row_bytes;
@@ -298,12 +298,18 @@ __global__ void __launch_bounds__(Flavour::kWarps * 32) StreamKernel(const Strea
         (first_cut == nullptr ? first_cut : last_cut) = end;
         continue;
       }
-      const int start = end->result - end->part, results = task.results;
-      const auto place = [=](int p) { return start + p < 0 ? start + p + results : start + p; };
-      CombineParts<8>([=](int p) { return sums + place(p) * head_size; },
-                      [=](int p) { return stats + place(p) * 2; },
-                      [](const float* p) { return *p; }, end->parts, head_size, 0, 32, lane,
-                      StoreOut(args, end->row, end->head * head_size));
+      const int start = end->result - end->part, results = task.results, last = end->parts - 1;
+      const auto place = [=](int p) {
+        const int at = start + min(p, last);
+        return at < 0 ? at + results : at;
+      };
+      const auto stats_of = [=](int p) {
+        const float* const from = stats + 2 * place(p);
+        return make_float2(from[0], from[1]);
+      };
+      CombineParts<8>(
+          stats_of, [=](int p, int d) { return sums[place(p) * head_size + d]; }, end->parts,
+          head_size, 0, 32, lane, StoreOut(args, end->row, end->head * head_size));
     }
   }
 

@@ -1,5 +1,6 @@
 // How a warp of the streaming kernel attends over pages in shared memory: on tensor cores where the
 // cache has 16 bits, in float32 arithmetic elsewhere. Both have the members
+//   Worker(lane)
 //   Query(query, head_size, lane)           takes a query
 //   Clear()                                 starts a part
 //   Page<kOnly>(page, lane, free_keys, wait_values)  attends over a page, of a part that has no other
@@ -27,6 +28,7 @@ template <typename S>
 struct FmaWorker {
   Gathered<S> gathered;
 
+  __device__ __forceinline__ explicit FmaWorker(int /*lane*/) {}
   __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
     gathered.Query(query, head_size, lane);
   }
@@ -96,11 +98,12 @@ struct PairPieces {
   }
 };
 
-// A query of a head in pieces, where a block has it: each piece of all numbers side by side.
+// A query of a head in pieces, where a block has it, as MmaPiecesFirst takes it: of four numbers side by side
+// the first two's first and second pieces, and the other two's; and third pieces by themselves.
 template <typename T, int kSize>
 struct alignas(16) QueryPieces {
-  static constexpr int kKinds = Pieces<T>::kThird ? 3 : 2;
-  uint16_t of[kKinds][kSize];
+  uint32_t of[kSize];
+  uint32_t thirds[Pieces<T>::kThird ? kSize / 2 : 4];
 
   // The scale of queries and weights is in it: what Exp2 takes.
   __device__ __forceinline__ static float Scaled(float x) {
@@ -112,42 +115,81 @@ struct alignas(16) QueryPieces {
   __device__ __forceinline__ void Set(int low, float low_x, int high, float high_x) {
     PairPieces<T> pair;
     pair.Set(Scaled(low_x), Scaled(high_x));
-    const uint32_t pieces[3] = {pair.first, pair.second, pair.third};
+    uint16_t* const halves = reinterpret_cast<uint16_t*>(of);
+    // Pairs of numbers have two words.
+    const int at[2] = {low / 2 * 4 + low % 2, high / 2 * 4 + high % 2};
 #pragma unroll
-    for (int i = 0; i < kKinds; ++i) {
-      of[i][low] = static_cast<uint16_t>(pieces[i]);
-      of[i][high] = static_cast<uint16_t>(pieces[i] >> 16);
+    for (int i = 0; i < 2; ++i) {
+      halves[at[i]] = static_cast<uint16_t>(pair.first >> 16 * i);
+      halves[at[i] + 2] = static_cast<uint16_t>(pair.second >> 16 * i);
+    }
+    if (Pieces<T>::kThird) {
+      reinterpret_cast<uint16_t*>(thirds)[low] = static_cast<uint16_t>(pair.third);
+      reinterpret_cast<uint16_t*>(thirds)[high] = static_cast<uint16_t>(pair.third >> 16);
     }
   }
 };
 
-// c += a b with the pieces of two pairs as a, the m16 operand: rows 0 to 7 are all the first pieces,
-// rows 8 to 15 the second ones, so that every lane gets both sums of its columns.
+// Four numbers of a query as a, the m16 operand: rows 0 to 7 are all the first pieces, rows 8 to 15 the second
+// ones, so that every lane gets both sums of its columns.
+struct QueryFragment {
+  uint32_t first[4];
+  uint32_t thirds[2];
+};
+
+// c += a b.
 template <typename T>
-__device__ __forceinline__ void MmaPiecesFirst(float (&c)[4], const PairPieces<T>& low,
-                                               const PairPieces<T>& high, uint32_t b0,
+__device__ __forceinline__ void MmaPiecesFirst(float (&c)[4], const QueryFragment& a, uint32_t b0,
                                                uint32_t b1) {
-  const uint32_t pieces[4] = {low.first, low.second, high.first, high.second};
-  Mma<T>(c, pieces, b0, b1);
+  Mma<T>(c, a.first, b0, b1);
   if (Pieces<T>::kThird) {
-    const uint32_t thirds[4] = {low.third, 0, high.third, 0};
+    const uint32_t thirds[4] = {a.thirds[0], 0, a.thirds[1], 0};
     Mma<T>(c, thirds, b0, b1);
   }
 }
 
-// c += a b with the pieces as b, the n8 operand: even columns are all the first pieces, odd ones the
-// second ones, so that every lane gets both sums of its rows.
+// How weights become b, the n8 operand, where a is values as they lie in memory. A lane's fragment of a is 16
+// bytes of a position: four pairs of neighbouring numbers, two of which are in the lower eight columns of a
+// and two in the upper eight. All four are numbers of their own, so a column of b sums one number of the pair
+// (bit 1) of one half (bit 2), in first or second pieces (bit 0), and has zeros where the others are.
+struct WeightSelectors {
+  uint32_t lower[2], upper[2];  // for __byte_perm, of two positions whose weights are side by side
+
+  __device__ __forceinline__ explicit WeightSelectors(int column) {
+    constexpr uint32_t kZeros = 0x4444;
+    const bool is_second = (column & 2) != 0, is_upper = (column & 4) != 0;
+    const uint32_t of[2] = {is_second ? 0x1044u : 0x4410u, is_second ? 0x3244u : 0x4432u};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      lower[i] = is_upper ? kZeros : of[i];
+      upper[i] = is_upper ? of[i] : kZeros;
+    }
+  }
+  // They stay in registers from here on.
+  __device__ __forceinline__ void Keep() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) lower[i] = Kept(lower[i]), upper[i] = Kept(upper[i]);
+  }
+};
+
+// c += a b, of position i of the two; `odd`: the lane's column of b has second pieces.
 template <typename T>
-__device__ __forceinline__ void MmaPiecesSecond(float (&c)[4], const uint32_t (&a)[4],
-                                                const PairPieces<T>& low, const PairPieces<T>& high,
-                                                bool odd) {
-  Mma<T>(c, a, odd ? low.second : low.first, odd ? high.second : high.first);
-  if (Pieces<T>::kThird) Mma<T>(c, a, odd ? 0 : low.third, odd ? 0 : high.third);
+__device__ __forceinline__ void MmaPiecesSecond(float (&c)[4], const uint4& values,
+                                                const PairPieces<T>& weights,
+                                                const WeightSelectors& selectors, int i, bool odd) {
+  const uint32_t a[4] = {values.x, values.y, values.z, values.w};
+  const uint32_t pair = odd ? weights.second : weights.first;
+  Mma<T>(c, a, __byte_perm(pair, 0, selectors.lower[i]), __byte_perm(pair, 0, selectors.upper[i]));
+  if (Pieces<T>::kThird) {
+    const uint32_t third = odd ? 0 : weights.third;
+    Mma<T>(c, a, __byte_perm(third, 0, selectors.lower[i]),
+           __byte_perm(third, 0, selectors.upper[i]));
+  }
 }
 
-// Lane 4 g + m reads 16 bytes of position g of 8 keys, and of the values of positions that its m has,
-// as they go to fragments: a product may take its columns in any order. Heads of up to kChunks times 16
-// bytes, or of so many if they are kFull.
+// Lane 4 g + m reads 16 bytes of position g of 8 keys, and of the values of positions that its m has, and
+// these bytes are its fragments as they are: a product may take its columns in any order. Heads of up to
+// kChunks times 16 bytes, or of so many if they are kFull.
 template <typename T, int kChunks, bool kFull>
 struct MmaWorker {
   static constexpr int kKeyLoads = kChunks / 4;
@@ -155,10 +197,17 @@ struct MmaWorker {
   static constexpr int kTiles = kPage / 8;  // of 8 positions
   using Split = QueryPieces<T, 8 * kChunks>;
 
-  PairPieces<T> q[kKeyLoads][4];
-  // [j][u]: numbers 2 u and 2 u + 1 of piece g + 8 j of 16 bytes, each with two sums.
-  float acc[kValueLoads][4][4];
+  QueryFragment q[kKeyLoads][2];
+  // [j]: of piece g + 8 j of 16 bytes numbers m / 2 * 4 + m % 2 and two behind, each with two sums.
+  float acc[kValueLoads][4];
   float max, sum;
+  WeightSelectors selectors;
+
+  __device__ __forceinline__ explicit MmaWorker(int lane) : selectors(lane / 4) {}
+
+  struct Keys {
+    uint4 of[kTiles][kKeyLoads];
+  };
 
   __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
 #pragma unroll
@@ -179,7 +228,11 @@ struct MmaWorker {
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        q[j][e].Set(Split::Scaled(x[2 * e]), Split::Scaled(x[2 * e + 1]));
+        PairPieces<T> pair;
+        pair.Set(Split::Scaled(x[2 * e]), Split::Scaled(x[2 * e + 1]));
+        q[j][e / 2].first[e % 2 * 2] = pair.first;
+        q[j][e / 2].first[e % 2 * 2 + 1] = pair.second;
+        q[j][e / 2].thirds[e % 2] = pair.third;
       }
     }
   }
@@ -188,118 +241,137 @@ struct MmaWorker {
   __device__ __forceinline__ void Query(const Split& query, int lane) {
 #pragma unroll
     for (int j = 0; j < kKeyLoads; ++j) {
-      uint4 read[3] = {};
-#pragma unroll
-      for (int i = 0; i < query.kKinds; ++i) {
-        read[i] = *reinterpret_cast<const uint4*>(query.of[i] + (lane % 4 + 4 * j) * 8);
+      const int piece = lane % 4 + 4 * j;
+      uint4 thirds = make_uint4(0, 0, 0, 0);
+      if (Pieces<T>::kThird) {
+        thirds = *reinterpret_cast<const uint4*>(query.thirds + piece * 4);
       }
-      q[j][0] = {read[0].x, read[1].x, read[2].x};
-      q[j][1] = {read[0].y, read[1].y, read[2].y};
-      q[j][2] = {read[0].z, read[1].z, read[2].z};
-      q[j][3] = {read[0].w, read[1].w, read[2].w};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 four = *reinterpret_cast<const uint4*>(query.of + piece * 8 + i * 4);
+        q[j][i] = {{four.x, four.y, four.z, four.w},
+                   {i == 0 ? thirds.x : thirds.z, i == 0 ? thirds.y : thirds.w}};
+      }
     }
   }
 
   __device__ __forceinline__ void Clear() {
 #pragma unroll
     for (int j = 0; j < kValueLoads; ++j) {
-#pragma unroll
-      for (int u = 0; u < 4; ++u) acc[j][u][0] = acc[j][u][1] = acc[j][u][2] = acc[j][u][3] = 0.0f;
+      acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     }
     max = -Infinity();
     sum = 0.0f;
   }
 
+  __device__ __forceinline__ static Keys ReadKeys(const SharedPage& page, int lane) {
+    const int g = lane / 4, m = lane % 4;
+    const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
+    const char* const at = page.keys + g * row_bytes + m * 16;
+    Keys keys;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < kKeyLoads; ++j) {
+        keys.of[t][j] = make_uint4(0, 0, 0, 0);
+        if (kFull || (m + 4 * j) * 16 < row_bytes) {
+          keys.of[t][j] = *reinterpret_cast<const uint4*>(at + t * 8 * row_bytes + j * 64);
+        }
+      }
+    }
+    return keys;
+  }
+
   template <bool kOnly, typename FreeKeys, typename WaitValues>
   __device__ __forceinline__ void Page(const SharedPage& page, int lane, const FreeKeys& free_keys,
                                        const WaitValues& wait_values) {
+    PageOf<kOnly>(ReadKeys(page, lane), page, lane, free_keys, [&] {
+      wait_values();
+      ClearBehind(page, lane);
+    });
+  }
+
+  // Zeros behind the positions' values: their weights are 0, and so is what becomes of numbers.
+  __device__ __forceinline__ static void ClearBehind(const SharedPage& page, int lane) {
+    if (page.positions == kPage) return;
+    const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
+#pragma unroll 1
+    for (int byte = page.positions * row_bytes + lane * 16; byte < kPage * row_bytes; byte += 512) {
+      *reinterpret_cast<uint4*>(page.values + byte) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+  }
+
+  // The same, of keys that have been read, and of values with zeros behind them.
+  template <bool kOnly, typename FreeKeys, typename WaitValues>
+  __device__ __forceinline__ void PageOf(const Keys& keys, const SharedPage& page, int lane,
+                                         const FreeKeys& free_keys, const WaitValues& wait_values) {
+    constexpr float kUnit = Pieces<T>::kQueryUnit;
     const int g = lane / 4, m = lane % 4;
     const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
-    float scores[kTiles][2];  // of positions 8 t + 2 m, and the next
-    const char* const keys = page.keys + g * row_bytes + m * 16;
+    const int left = page.positions - 2 * m;
+    float scores[kTiles][2];  // of positions 8 t + 2 m, and the next; to be multiplied by the unit
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int j = 0; j < kKeyLoads; ++j) {
-        uint4 k = make_uint4(0, 0, 0, 0);
-        if (kFull || (m + 4 * j) * 16 < row_bytes) {
-          k = *reinterpret_cast<const uint4*>(keys + t * 8 * row_bytes + j * 64);
-        }
-        MmaPiecesFirst<T>(c, q[j][0], q[j][1], k.x, k.y);
-        MmaPiecesFirst<T>(c, q[j][2], q[j][3], k.z, k.w);
+        const uint4& k = keys.of[t][j];
+        MmaPiecesFirst<T>(c, q[j][0], k.x, k.y);
+        MmaPiecesFirst<T>(c, q[j][1], k.z, k.w);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        constexpr float kUnit = Pieces<T>::kQueryUnit;
-        const float score = fmaf(c[2 + i], kUnit * Pieces<T>::kSecondUnit, c[i] * kUnit);
-        scores[t][i] = t * 8 + 2 * m + i < page.positions ? score : -Infinity();
+        const float score = fmaf(c[2 + i], Pieces<T>::kSecondUnit, c[i]);
+        scores[t][i] = t * 8 + i < left ? score : -Infinity();
       }
     }
-    float new_max = max;
+    float most = fmaxf(scores[0][0], scores[0][1]);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) new_max = fmaxf(new_max, fmaxf(scores[t][0], scores[t][1]));
-    new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 1));
-    new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 2));
+    for (int t = 1; t < kTiles; ++t) most = fmaxf(most, fmaxf(scores[t][0], scores[t][1]));
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+    const float new_max = kOnly ? most * kUnit : fmaxf(max, most * kUnit);
     free_keys();  // not before, as above
     const float shrink = kOnly ? 1.0f : Exp2(max - new_max);
     max = new_max;
     sum *= shrink;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      scores[t][0] = Exp2(scores[t][0] - max);  // weights from here on
-      scores[t][1] = Exp2(scores[t][1] - max);
+      scores[t][0] = Exp2(fmaf(scores[t][0], kUnit, -max));  // weights from here on
+      scores[t][1] = Exp2(fmaf(scores[t][1], kUnit, -max));
       sum += scores[t][0] + scores[t][1];
     }
 #pragma unroll
     for (int j = 0; j < kValueLoads; ++j) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[j][u][i] *= shrink;
-      }
+      for (int i = 0; i < 4; ++i) acc[j][i] *= shrink;
     }
     wait_values();
-    if (page.positions < kPage) {
-      // Their weights are 0, so numbers will do.
-      for (int byte = page.positions * row_bytes + lane * 16; byte < kPage * row_bytes;
-           byte += 512) {
-        *reinterpret_cast<uint4*>(page.values + byte) = make_uint4(0, 0, 0, 0);
-      }
-      __syncwarp();
-    }
 
+    // Two sums each, so that a product has not to wait for the one before.
+    float others[kValueLoads][4] = {};
     const char* const values = page.values + 2 * m * row_bytes + g * 16;
 #pragma unroll
-    for (int s = 0; s < kTiles / 2; ++s) {
-      PairPieces<T> low, high;
-      low.Set(scores[2 * s][0], scores[2 * s][1]);
-      high.Set(scores[2 * s + 1][0], scores[2 * s + 1][1]);
+    for (int t = 0; t < kTiles; ++t) {
+      PairPieces<T> weights;
+      weights.Set(scores[t][0], scores[t][1]);
 #pragma unroll
       for (int j = 0; j < kValueLoads; ++j) {
-        // Positions 16 s + 2 m, and 1, 8 and 9 behind it.
-        uint4 v[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int position = 16 * s + i / 2 * 8 + i % 2;
-          v[i] = make_uint4(0, 0, 0, 0);
-          if (kFull || (g + 8 * j) * 16 < row_bytes) {
-            v[i] = *reinterpret_cast<const uint4*>(values + position * row_bytes + j * 128);
-          }
+        uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (kFull || (g + 8 * j) * 16 < row_bytes) {
+          const char* const from = values + 8 * t * row_bytes + j * 128;
+          v[0] = *reinterpret_cast<const uint4*>(from);
+          v[1] = *reinterpret_cast<const uint4*>(from + row_bytes);
         }
-        const uint32_t words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w},
-                                      {v[1].x, v[1].y, v[1].z, v[1].w},
-                                      {v[2].x, v[2].y, v[2].z, v[2].w},
-                                      {v[3].x, v[3].y, v[3].z, v[3].w}};
-#pragma unroll
-        for (int u = 0; u < 4; ++u) {
-          const uint32_t a[4] = {__byte_perm(words[0][u], words[1][u], 0x5410),
-                                 __byte_perm(words[0][u], words[1][u], 0x7632),
-                                 __byte_perm(words[2][u], words[3][u], 0x5410),
-                                 __byte_perm(words[2][u], words[3][u], 0x7632)};
-          MmaPiecesSecond<T>(acc[j][u], a, low, high, g % 2 != 0);
-        }
+        MmaPiecesSecond<T>(acc[j], v[0], weights, selectors, 0, g % 2 != 0);
+        MmaPiecesSecond<T>(others[j], v[1], weights, selectors, 1, g % 2 != 0);
       }
+    }
+#pragma unroll
+    for (int j = 0; j < kValueLoads; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[j][i] += others[j][i];
     }
   }
 
@@ -309,23 +381,11 @@ struct MmaWorker {
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
 #pragma unroll
     for (int j = 0; j < kValueLoads; ++j) {
-      // All m have the same sums; each writes two of them.
-      float mine[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float low = m % 2 == 0 ? acc[j][0][i] : acc[j][1][i];
-        const float high = m % 2 == 0 ? acc[j][2][i] : acc[j][3][i];
-        mine[i] = m < 2 ? low : high;
-      }
-      const int d = (g + 8 * j) * 8 + 2 * m;
-      const float first = fmaf(mine[1], Pieces<T>::kSecondUnit, mine[0]);
-      const float second = fmaf(mine[3], Pieces<T>::kSecondUnit, mine[2]);
-      if (kFull) {
-        *reinterpret_cast<float2*>(sums + d) = make_float2(first, second);
-      } else {
-        if (d < head_size) sums[d] = first;
-        if (d + 1 < head_size) sums[d + 1] = second;
-      }
+      const int d = (g + 8 * j) * 8 + m / 2 * 4 + m % 2;
+      const float first = fmaf(acc[j][1], Pieces<T>::kSecondUnit, acc[j][0]);
+      const float second = fmaf(acc[j][3], Pieces<T>::kSecondUnit, acc[j][2]);
+      if (kFull || d < head_size) sums[d] = first;
+      if (kFull || d + 2 < head_size) sums[d + 2] = second;
     }
     if (lane == 0) {
       stats[0] = max;

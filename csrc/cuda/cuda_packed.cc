@@ -85,13 +85,15 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     if (joined) {
       QkvAttentionArgs both;
       both.qkv = qkv;
+      // The embedding, which writes them, may still run; what it finds them by is there.
+      if (i == 0) both.qkv.places = nullptr;
       both.packed = attended.data;
       both.ld = attended.stride;
       Check(QkvAttention(both, stream_), "launching attention");
     } else {
       Check(LinearRows(qkv, stream_), "launching the attention's input");
       attention.layer = i;
-      attention.overlap = i > 0;  // so does this one for the plan
+      attention.overlap = true;
       Check(DecodeAttention(attention, stream_), "launching attention");
       if (!attention.packed) {
         PackRowsArgs pack;

@@ -103,7 +103,8 @@ struct LinearRowsArgs {
   PiecesAhead ahead;
   bool overlap = false;
   // With `overlap`, of a step's first product: only weights are read before the kernel before has ended, and
-  // the next one starts no sooner, so that what it reads early is there.
+  // row_list and what it leads to where `places` is null, which all kernels before that one have left. The
+  // next one starts no sooner than it has ended, so that what it reads early is there.
   bool first = false;
   int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
 };

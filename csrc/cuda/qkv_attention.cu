@@ -144,32 +144,26 @@ struct Pages {
   }
 };
 
-// Attends over a page, at `slot`, whose first positions the row sees.
 template <typename Element>
-__device__ __forceinline__ void AttendPage(const QueryPieces<Element, kHeadSize>& query, char* slot,
-                                           int32_t positions, float* sums, float* stats,
-                                           int32_t lane) {
-  MmaWorker<Element, kHeadSize / 8, true> worker;
-  worker.Query(query, lane);
-  worker.Clear();
-  SharedPage page;
-  page.keys = slot;
-  page.values = slot + kPageBytes;
-  page.row_bytes = kPositionBytes;
-  page.positions = positions;
-  worker.template Page<true>(page, lane, [] {}, [] {});
-  worker.Store(sums, stats, kHeadSize, lane);
+using Worker = MmaWorker<Element, kHeadSize / 8, true>;
+
+__device__ __forceinline__ SharedPage PageAt(char* slot, int32_t positions) {
+  return SharedPage{slot, slot + kPageBytes, kPositionBytes, positions};
 }
 
-// Writes a number of a row's packed result.
+// Attends over a page, whose first positions the row sees, whose keys have been read and whose values have zeros
+// behind them.
 template <typename Element>
-struct StoreAttended {
-  uint16_t* to;
-  __device__ __forceinline__ void operator()(int d, float x) const {
-    const float inverse = 1.0f / linear_weights::UnitOf(Element());
-    to[d] = static_cast<uint16_t>(RoundPairFinite<Element>(__fmul_rn(x, inverse), 0.0f));
-  }
-};
+__device__ __forceinline__ void AttendPage(Worker<Element> worker,
+                                           const QueryPieces<Element, kHeadSize>& query,
+                                           const typename Worker<Element>::Keys& keys,
+                                           const SharedPage& page, float* sums, float* stats,
+                                           int32_t lane) {
+  worker.Query(query, lane);
+  worker.Clear();
+  worker.template PageOf<true>(keys, page, lane, [] {}, [] {});
+  worker.Store(sums, stats, kHeadSize, lane);
+}
 
 #endif  // FASTGEN_ARCH_HAS_WARPGROUP
 
@@ -217,10 +211,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                  rank / 2 * width + head * kHeadSize, &shared.there);
     }
     PrefetchMap(plan.rows);
-    if (args.first) {
-      WaitForGrid();
-      LetNextGridStart();
-    }
   }
   __syncwarp();
   // What no kernel writes is read before the kernel before has ended: of the outputs that the lane finishes,
@@ -238,7 +228,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   // and of the row that the block attends with.
-  if (args.first) WaitForGrid();
   RowPlace place = {nullptr, nullptr, 0, 0};
   if (has_row) {
     place = args.places != nullptr ? args.places[my_row]
@@ -267,11 +256,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   int32_t part = Kept(ShareBegin(plan, first_share + 1) - first_chunk);
   const uint32_t sums_from =
       Kept(weights_at + plan.sums_at + tile * 2 * shares * kSumBytes + lane * 8);
+  uint16_t* const out =
+      Kept(static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize);
   // The warp's first page.
   int32_t positions = Kept(min(kPage, place.length - warp * kPage));
   int32_t page_at = Kept(pages.SlotAt(warp));
   uint32_t page_there = Kept(SharedAddress(shared.slots + warp));
   const bool late = early < pages.own && !pages.Done();
+  // What can be done with it is done while the query is made, where it is there early.
+  const bool is_early =
+      warp < kFinishers && (chunks == 0 || warp < plan.early_slots) && warp < pages.count;
+  const int32_t parts = Kept(pages.count);
+  Worker<Element> worker(lane);
+  worker.selectors.Keep();
   ClusterWait();
 
   if (warp == kSupplyWarp) {
@@ -287,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                    &shared.there);
         }
       }
+      if (args.first) LetNextGridStart();
     }
     __syncwarp();
   }
@@ -348,6 +346,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       shared.newest[tile - 1][in_head + 8] = static_cast<uint16_t>(pair >> 16);
     }
   }
+  typename Worker<Element>::Keys keys;
+  if (is_early) {
+    BarrierWait(page_there, 0);
+    const SharedPage page = PageAt(memory + page_at, positions);
+    keys = Worker<Element>::ReadKeys(page, lane);
+    Worker<Element>::ClearBehind(page, lane);
+  }
   __syncthreads();
   // Sixteen lanes have 16 bytes each of what the row adds to the cache.
   const int32_t kind = lane / 8, piece = lane % 8;
@@ -358,8 +363,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int32_t number = warp; number < pages.count; number += kWarps) {
     char* const from = memory + page_at;
-    BarrierWait(page_there, parity);
-    if (number + 1 == pages.count) {
+    const bool is_new = !is_early || number != warp;
+    if (is_new) BarrierWait(page_there, parity);
+    const SharedPage page = PageAt(from, positions);
+    if (is_new) Worker<Element>::ClearBehind(page, lane);
+    const bool is_last = number + 1 == pages.count;
+    if (is_last) {
       if (lane < 16) {
         char* const to = from + kind * kPageBytes + (positions - 1) * kPositionBytes;
         reinterpret_cast<uint4*>(to)[piece] =
@@ -367,7 +376,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       __syncwarp();
     }
-    AttendPage<Element>(shared.query, from, positions, results + number * kHeadSize,
+    if (is_new || is_last) keys = Worker<Element>::ReadKeys(page, lane);
+    AttendPage<Element>(worker, shared.query, keys, page, results + number * kHeadSize,
                         stats + 2 * number, lane);
     if (number + kWarps >= pages.count) break;
     __syncwarp();
@@ -381,22 +391,27 @@ __global__ void __launch_bounds__(kThreads, 2)
     page_there = SharedAddress(shared.slots + slot * kWarps + warp);
   }
   __syncthreads();
-  if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
+  if (__builtin_expect(warp < kHeadSize / 32, 1)) {
+    // Numbers of the head, one a lane.
+    const auto store = [=](int d, float x) {
+      const float inverse = 1.0f / linear_weights::UnitOf(Element());
+      out[d] = static_cast<uint16_t>(RoundPairFinite<Element>(__fmul_rn(x, inverse), 0.0f));
+    };
+    const auto stats_of = [=](int p) { return reinterpret_cast<const float2*>(stats)[p]; };
+    const auto sums_of = [=](int p, int d) { return results[p * kHeadSize + d]; };
+    const int32_t d = warp * 32 + lane;
+    if (__builtin_expect(parts <= kFewParts, 1)) {
+      const FewWeights weights = WeighFewParts(stats_of, parts);
+      store(d, parts > 0 ? SumFewParts(weights, sums_of, parts, d) : 0.0f);
+    } else {
+      CombineParts<8>(stats_of, sums_of, parts, kHeadSize, warp * 32, kHeadSize, lane, store);
+    }
+  } else if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
     char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
                      place.in_page * kPositionBytes;
     reinterpret_cast<uint4*>(to)[piece] =
         reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
   }
-  if (warp >= kHeadSize / 32) return;
-  uint16_t* const out =
-      static_cast<uint16_t*>(plan.args.packed) + my_row * plan.args.ld + head * kHeadSize;
-  if (pages.count == 0) {  // there is no token
-    out[threadIdx.x] = 0;
-    return;
-  }
-  CombineParts<8>([=](int p) { return results + p * kHeadSize; },
-                  [=](int p) { return stats + p * 2; }, [](const float* p) { return *p; },
-                  pages.count, kHeadSize, warp * 32, kHeadSize, lane, StoreAttended<Element>{out});
 #endif
 }
 
