@@ -17,6 +17,7 @@ constexpr float kMostHalf = 32752.0f;
 std::atomic<StepPolicy> step_policy{StepPolicy::kAutomatic};
 std::atomic<int64_t> persistent_steps{0};
 std::atomic<int64_t> choosing_steps{0};
+std::atomic<int64_t> joined_steps{0};
 
 // Whether a step as one kernel may choose the tokens: the best or one of few, of logits as they come.
 bool IsChosenInStep(const engine::SamplingParams& params, int32_t vocab) {
@@ -33,7 +34,7 @@ DType ActivationType(DType weights) {
 }  // namespace
 
 void SetStepPolicy(StepPolicy policy) { step_policy = policy; }
-StepCounts CountSteps() { return {persistent_steps, choosing_steps}; }
+StepCounts CountSteps() { return {persistent_steps, choosing_steps, joined_steps}; }
 
 CudaDevice::CudaDevice(const engine::PluginConfig& config, const engine::PluginOptions& options,
                        const engine::PluginWeights& weights)
@@ -315,8 +316,11 @@ bool CudaDevice::RunsPersistent(int32_t rows) const {
   if (rows > kPersistentRows || !persistent_rows_[rows]) return false;
   const StepPolicy policy = step_policy;
   if (policy != StepPolicy::kAutomatic) return policy != StepPolicy::kKernels;
-  if (rows < kWideRows || config_.hidden_size < kWideColumns) return true;
-  return !JoinsAttention(rows, config_.hidden_size < kWiderColumns ? kWideLength : kJoinedLength);
+  if (rows < kSplitRows || !packs_rows_) return true;
+  const bool joins = JoinsAttention(rows);
+  const Tokens tokens = StepTokens();
+  if (config_.hidden_size >= kWideColumns) return !joins && tokens.all < kWideTokens;
+  return !joins || tokens.longest > rows * kSplitLength;
 }
 
 bool CudaDevice::ChoosesInStep() const {
@@ -475,6 +479,7 @@ void CudaDevice::LaunchStep(int32_t rows) {
     return;
   }
   const auto key = std::make_pair(rows, JoinsAttention(rows));
+  if (key.second) ++joined_steps;
   auto found = graphs_.find(key);
   if (found == graphs_.end()) {
     cudaGraph_t graph = nullptr;

@@ -26,6 +26,7 @@ void SetStepPolicy(StepPolicy policy);
 // Steps that were launched as one kernel so far, and of these those that chose tokens.
 struct StepCounts {
   int64_t one_kernel, choosing;
+  int64_t joined;  // graphs where attention is one kernel with its input
 };
 StepCounts CountSteps();
 
@@ -64,13 +65,14 @@ class CudaDevice {
   static constexpr int32_t kFewRows = 512;
   // Rows, and tokens of each, up to which JoinsAttention may be.
   static constexpr int32_t kJoinedRows = 8;
-  static constexpr int32_t kJoinedLength = 512;
-  // Where attention joins the product before it, steps of three and four rows are sooner done so than as one
-  // kernel in networks so wide: up to so many tokens, and from a greater width on as long as it joins
-  // (measured on an H200).
-  static constexpr int32_t kWideRows = 3;
-  static constexpr int32_t kWideColumns = 1024, kWideLength = 208;
-  static constexpr int32_t kWiderColumns = 1280;
+  static constexpr int32_t kJoinedLength = kDecodeParts * kPage;
+  // Steps of three and four rows of 16-bit weights are sooner done by kernels than as one where attention joins
+  // the product before it and no row has more than so many tokens for each row of the step. In networks so wide
+  // they are where it joins, and where they have so many tokens in all. Measured on an H200.
+  static constexpr int32_t kSplitRows = 3;
+  static constexpr int32_t kSplitLength = 200;
+  static constexpr int32_t kWideColumns = 1280;
+  static constexpr int32_t kWideTokens = 900;
   static constexpr int32_t kLogitsRows = 32;  // rows of logits at a time, where all are wanted
 
   // What the host knows of a sequence.
@@ -150,8 +152,14 @@ class CudaDevice {
   // The same where products take rows as 16 bits, between the embedding and the logits.
   void LaunchPackedForward(int32_t rows);
   // Whether attention and the product before it are one kernel in the step of step_slots_: the same bits,
-  // sooner where they wait for each other, later where there is much to read. Of sequences up to a length.
-  bool JoinsAttention(int32_t rows, int32_t length = kJoinedLength) const;
+  // sooner where they wait for each other, later where there is much to read.
+  bool JoinsAttention(int32_t rows) const;
+  // Of the sequences of step_slots_.
+  struct Tokens {
+    int32_t longest = 0;
+    int64_t all = 0;
+  };
+  Tokens StepTokens() const;
   DecodeAttentionArgs Attention(int32_t rows) const;
   void LaunchAfterAttention(const LayerWeights& layer, int32_t rows);
   // logits[i] = head(final norm(x[first_row + i])).

@@ -24,14 +24,19 @@ LinearRowsArgs CudaDevice::PackedProduct(const Matrix& w, const PackedRows& x, i
   return args;
 }
 
-bool CudaDevice::JoinsAttention(int32_t rows, int32_t length) const {
-  static_assert(kJoinedLength <= kDecodeParts * kPage, "as QkvAttention takes rows");
-  if (!joins_attention_ || rows > kJoinedRows) return false;
-  return std::all_of(step_slots_.begin(), step_slots_.end(), [this, length](int32_t index) {
-    if (index < 0) return true;
+CudaDevice::Tokens CudaDevice::StepTokens() const {
+  Tokens tokens;
+  for (const int32_t index : step_slots_) {
+    if (index < 0) continue;
     const HostSlot& slot = slots_[static_cast<size_t>(index)];
-    return slot.prompt_length + slot.launched <= length;
-  });
+    tokens.longest = std::max(tokens.longest, slot.prompt_length + slot.launched);
+    tokens.all += slot.prompt_length + slot.launched;
+  }
+  return tokens;
+}
+
+bool CudaDevice::JoinsAttention(int32_t rows) const {
+  return joins_attention_ && rows <= kJoinedRows && StepTokens().longest <= kJoinedLength;
 }
 
 void CudaDevice::LaunchPackedForward(int32_t rows) {

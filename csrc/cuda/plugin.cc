@@ -113,12 +113,15 @@ extern "C" __attribute__((visibility("default"))) void fastgen_cuda_test_step_po
   fastgen::cuda::SetStepPolicy(static_cast<fastgen::cuda::StepPolicy>(policy));
 }
 
-// For tests: steps so far that were one kernel, and those that chose tokens in it.
+// For tests: steps so far that were one kernel, those of them that chose tokens, and those that were a graph
+// where attention is one kernel with its input.
 extern "C" __attribute__((visibility("default"))) void fastgen_cuda_test_steps(int64_t* one_kernel,
-                                                                               int64_t* choosing) {
+                                                                               int64_t* choosing,
+                                                                               int64_t* joined) {
   const fastgen::cuda::StepCounts counts = fastgen::cuda::CountSteps();
   *one_kernel = counts.one_kernel;
   *choosing = counts.choosing;
+  *joined = counts.joined;
 }
 
 extern "C" __attribute__((visibility("default"))) const fastgen::engine::DevicePlugin*

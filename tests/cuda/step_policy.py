@@ -16,10 +16,11 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_capi.library_path().resolve().parent / "libfastgen_cuda.so"))
 
 
-def _counts() -> tuple[int, int]:
-    one_kernel, choosing = ctypes.c_int64(), ctypes.c_int64()
-    _library().fastgen_cuda_test_steps(ctypes.byref(one_kernel), ctypes.byref(choosing))
-    return one_kernel.value, choosing.value
+def _counts() -> tuple[int, int, int]:
+    counts = [ctypes.c_int64() for _ in range(3)]
+    _library().fastgen_cuda_test_steps(*(ctypes.byref(count) for count in counts))
+    one_kernel, choosing, joined = (count.value for count in counts)
+    return one_kernel, choosing, joined
 
 
 def steps_as_one_kernel() -> int:
@@ -30,6 +31,11 @@ def steps_as_one_kernel() -> int:
 def steps_that_chose() -> int:
     """How many of these chose tokens in it."""
     return _counts()[1]
+
+
+def steps_with_joined_attention() -> int:
+    """How many steps were a graph of kernels, one of which is attention and its input."""
+    return _counts()[2]
 
 
 @contextmanager
