@@ -7,6 +7,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
+#include "cuda/row.h"
 
 namespace fastgen {
 namespace cuda {

@@ -152,20 +152,21 @@ __device__ inline void ReduceScatter(float (&values)[kCount], int lane) {
 }
 
 // Keys or values of the positions of a tile. `head` is the first position of the page's; what is at
-// or after position `end` is not read: it may hold anything.
+// or after position `end` is not read: it may hold anything. Positions are turned (row.h) by `turns`, 7 or 0.
 template <typename S, bool kShared>
 __device__ inline void LoadTile(uint4 (&tile)[S::kLoads][S::kChunks], const char* head,
-                                int row_bytes, int position, int end, int lane) {
+                                int row_bytes, int turns, int position, int end, int lane) {
   const int left = end - position - lane / S::kLanes;
   const char* from = head + (position % kPage + lane / S::kLanes) * row_bytes;
 #pragma unroll
   for (int i = 0; i < S::kLoads; ++i) {
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
-      const int byte = (c * S::kLanes + lane % S::kLanes) * 16;
+      const int piece = c * S::kLanes + lane % S::kLanes;
+      const int turn = (position + i * S::kStep + lane / S::kLanes) & turns;
       tile[i][c] = make_uint4(0, 0, 0, 0);
-      if (i * S::kStep < left && byte < row_bytes) {
-        const uint4* const at = reinterpret_cast<const uint4*>(from + byte);
+      if (i * S::kStep < left && piece * 16 < row_bytes) {
+        const uint4* const at = reinterpret_cast<const uint4*>(from) + (piece ^ turn);
         tile[i][c] = kShared ? *at : __ldg(at);
       }
     }

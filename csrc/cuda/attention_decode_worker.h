@@ -41,14 +41,14 @@ struct FmaWorker {
     for (int position = 0; position < page.positions; position += S::kTile) {
       uint4 tile[S::kLoads][S::kChunks];
       float scores[S::kLoads];
-      LoadTile<S, true>(tile, page.keys, page.row_bytes, position, page.positions, lane);
+      LoadTile<S, true>(tile, page.keys, page.row_bytes, 0, position, page.positions, lane);
       gathered.Multiply(tile, scores);
       const float weight = gathered.Weigh(scores, position, page.positions, lane);
       // Not before lanes have exchanged what they made of the keys: a read that has only been issued
       // may be overtaken by the copy.
       if (position + S::kTile >= page.positions) free_keys();
       if (position == 0) wait_values();
-      LoadTile<S, true>(tile, page.values, page.row_bytes, position, page.positions, lane);
+      LoadTile<S, true>(tile, page.values, page.row_bytes, 0, position, page.positions, lane);
       gathered.Add(tile, weight, lane);
     }
   }
@@ -189,13 +189,20 @@ __device__ __forceinline__ void MmaPiecesSecond(float (&c)[4], const uint4& valu
 
 // Lane 4 g + m reads 16 bytes of position g of 8 keys, and of the values of positions that its m has, and
 // these bytes are its fragments as they are: a product may take its columns in any order. Heads of up to
-// kChunks times 16 bytes, or of so many if they are kFull.
+// kChunks times 16 bytes; kFull: of 128, and turned (row.h), so that lanes side by side read from different
+// banks.
 template <typename T, int kChunks, bool kFull>
 struct MmaWorker {
   static constexpr int kKeyLoads = kChunks / 4;
   static constexpr int kValueLoads = kChunks / 8;
   static constexpr int kTiles = kPage / 8;  // of 8 positions
   using Split = QueryPieces<T, 8 * kChunks>;
+  static_assert(!kFull || kChunks == 8, "a turn is of 8 pieces");
+
+  // The j-th of the pieces of a key, or of the query, that lanes of an m have.
+  __device__ __forceinline__ static int KeyPiece(int m, int j) {
+    return kFull ? kKeyLoads * m + j : m + 4 * j;
+  }
 
   QueryFragment q[kKeyLoads][2];
   // [j]: of piece g + 8 j of 16 bytes numbers m / 2 * 4 + m % 2 and two behind, each with two sums.
@@ -212,7 +219,8 @@ struct MmaWorker {
   __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
 #pragma unroll
     for (int j = 0; j < kKeyLoads; ++j) {
-      const float* const from = query + (lane % 4 + 4 * j) * 8;
+      const int piece = KeyPiece(lane % 4, j);
+      const float* const from = query + piece * 8;
       float x[8];
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
@@ -222,7 +230,7 @@ struct MmaWorker {
         } else {
 #pragma unroll
           for (int e = i; e < i + 4; ++e) {
-            x[e] = (lane % 4 + 4 * j) * 8 + e < head_size ? from[e] : 0.0f;
+            x[e] = piece * 8 + e < head_size ? from[e] : 0.0f;
           }
         }
       }
@@ -241,7 +249,7 @@ struct MmaWorker {
   __device__ __forceinline__ void Query(const Split& query, int lane) {
 #pragma unroll
     for (int j = 0; j < kKeyLoads; ++j) {
-      const int piece = lane % 4 + 4 * j;
+      const int piece = KeyPiece(lane % 4, j);
       uint4 thirds = make_uint4(0, 0, 0, 0);
       if (Pieces<T>::kThird) {
         thirds = *reinterpret_cast<const uint4*>(query.thirds + piece * 4);
@@ -267,15 +275,16 @@ struct MmaWorker {
   __device__ __forceinline__ static Keys ReadKeys(const SharedPage& page, int lane) {
     const int g = lane / 4, m = lane % 4;
     const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
-    const char* const at = page.keys + g * row_bytes + m * 16;
     Keys keys;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int j = 0; j < kKeyLoads; ++j) {
+      const int piece = KeyPiece(m, j);
+      const char* const at = page.keys + g * row_bytes + (kFull ? piece ^ g : piece) * 16;
 #pragma unroll
-      for (int j = 0; j < kKeyLoads; ++j) {
+      for (int t = 0; t < kTiles; ++t) {
         keys.of[t][j] = make_uint4(0, 0, 0, 0);
-        if (kFull || (m + 4 * j) * 16 < row_bytes) {
-          keys.of[t][j] = *reinterpret_cast<const uint4*>(at + t * 8 * row_bytes + j * 64);
+        if (kFull || piece * 16 < row_bytes) {
+          keys.of[t][j] = *reinterpret_cast<const uint4*>(at + t * 8 * row_bytes);
         }
       }
     }
@@ -351,7 +360,12 @@ struct MmaWorker {
 
     // Two sums each, so that a product has not to wait for the one before.
     float others[kValueLoads][4] = {};
-    const char* const values = page.values + 2 * m * row_bytes + g * 16;
+    const char* values[2];  // of positions 2 m and the next
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int position = 2 * m + i;
+      values[i] = page.values + position * row_bytes + (kFull ? g ^ position : g) * 16;
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       PairPieces<T> weights;
@@ -360,9 +374,9 @@ struct MmaWorker {
       for (int j = 0; j < kValueLoads; ++j) {
         uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
         if (kFull || (g + 8 * j) * 16 < row_bytes) {
-          const char* const from = values + 8 * t * row_bytes + j * 128;
-          v[0] = *reinterpret_cast<const uint4*>(from);
-          v[1] = *reinterpret_cast<const uint4*>(from + row_bytes);
+          const int further = 8 * t * row_bytes + j * 128;
+          v[0] = *reinterpret_cast<const uint4*>(values[0] + further);
+          v[1] = *reinterpret_cast<const uint4*>(values[1] + further);
         }
         MmaPiecesSecond<T>(acc[j], v[0], weights, selectors, 0, g % 2 != 0);
         MmaPiecesSecond<T>(others[j], v[1], weights, selectors, 1, g % 2 != 0);

@@ -120,7 +120,8 @@ __device__ inline void Finish(const LinearTask& task, int32_t row, int32_t n,
   }
   if (place->page == nullptr) return;
   const CacheLayout& cache = args.cache;
-  const int64_t index = column.index + place->in_page * cache.head_stride;
+  const int64_t index =
+      TurnedIndex(cache, column.index + place->in_page * cache.head_stride, place->in_page);
   StoreElement(cache.dtype, place->page, index, value);
   if (!column.last) return;
   for (int32_t pad = 1; pad <= cache.head_stride - cache.head_size; ++pad) {

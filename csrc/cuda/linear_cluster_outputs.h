@@ -60,8 +60,10 @@ __device__ __forceinline__ void FindPlace(const LinearTask& task, const Place& a
   }
   const CachePlace& place = places[target->row];
   if (place.page == nullptr) return;
-  const int64_t element = cache.index + place.in_page * task.args.cache.head_stride;
-  target->cache = place.page + element * ElementBytes(task.args.cache.dtype);
+  const CacheLayout& layout = task.args.cache;
+  const int64_t element =
+      TurnedIndex(layout, cache.index + place.in_page * layout.head_stride, place.in_page);
+  target->cache = place.page + element * ElementBytes(layout.dtype);
   target->last = cache.last;
 }
 

@@ -214,7 +214,8 @@ __device__ __forceinline__ void StoreQkvOneByOne(const RowsPlan& plan, int32_t f
     const int32_t column = n - width * (kind + 1);
     const int32_t head = Divide(column, plan.head_size);
     const int32_t d = column - head * cache.head_size;
-    const int64_t index = PageIndex(cache, args.layer, kind, head, place.in_page) + d;
+    const int64_t index = TurnedIndex(
+        cache, PageIndex(cache, args.layer, kind, head, place.in_page) + d, place.in_page);
     StoreElement(cache.dtype, place.page, index, x);
     if (d + 1 < cache.head_size) continue;
     for (int32_t pad = 1; pad <= cache.head_stride - cache.head_size; ++pad) {
@@ -248,7 +249,9 @@ __device__ __forceinline__ void StoreQkv(const RowsPlan& plan, const Outputs& o,
       *reinterpret_cast<float2*>(target.y + 8 * pair) =
           make_float2(__fmul_rn(first, plan.query_factor), __fmul_rn(second, plan.query_factor));
     } else if (place.page != nullptr) {
-      const int64_t index = o.in_page[pair] + place.in_page * args.cache.head_stride;
+      const CacheLayout& cache = args.cache;
+      const int64_t index =
+          TurnedIndex(cache, o.in_page[pair] + place.in_page * cache.head_stride, place.in_page);
       *reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(place.page) + index) =
           args.cache.dtype == DType::kFloat16 ? RoundPairFinite<__half>(first, second)
                                               : RoundPairFinite<BFloat16>(first, second);

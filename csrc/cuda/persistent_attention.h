@@ -72,11 +72,9 @@ template <int kRows>
 __device__ __forceinline__ const char* KeyAt(const Thread<kRows>& self, const Unit& unit, int first,
                                              int lanes) {
   const CacheLayout& cache = self.plan.cache;
-  const int dim = self.lane % lanes * 8;
-  return self.shared.rows[unit.row].pages[first / kPage] +
-         (HeadOffset(cache, 0, 0, unit.head) +
-          (first % kPage + self.lane / lanes) * cache.head_stride + dim) *
-             2;
+  const int dim = self.lane % lanes * 8, in_page = first % kPage + self.lane / lanes;
+  const int64_t at = HeadOffset(cache, 0, 0, unit.head) + in_page * cache.head_stride + dim;
+  return self.shared.rows[unit.row].pages[first / kPage] + TurnedIndex(cache, at, in_page) * 2;
 }
 
 // The same for the first key of a unit; null where it is not in the cache.
@@ -139,10 +137,15 @@ __device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit&
   const bool own = at != nullptr && self.lane % R::kLanes * 8 < self.plan.head_size;
   const int left = own ? cached - first - self.lane / R::kLanes : 0;
   const int stride = R::kStep * self.plan.cache.head_stride * 2;
+  // Four positions further the piece lies in the other half of a turned position.
+  static_assert(R::kLanes != 8 || R::kStep == 4, "lanes of heads of up to 64 numbers");
+  const int half = R::kLanes == 8 && IsTurned(self.plan.cache) ? 64 : 0;
+  const char* const other = reinterpret_cast<const char*>(reinterpret_cast<uint64_t>(at) ^ half);
 #pragma unroll
   for (int i = 0; i < R::kLoads; ++i) {
     to[i] = make_uint4(0, 0, 0, 0);
-    if (i * R::kStep < left) to[i] = *reinterpret_cast<const uint4*>(at + i * stride);
+    const char* const from = (i % 2 == 0 ? at : other) + i * stride;
+    if (i * R::kStep < left) to[i] = *reinterpret_cast<const uint4*>(from);
   }
 }
 
@@ -163,7 +166,8 @@ __device__ __forceinline__ void StoreNewest(const Thread<kRows>& self, const Uni
   const CacheLayout& cache = self.plan.cache;
   const RowState& row = self.shared.rows[unit.row];
   char* const page = const_cast<char*>(row.pages[row.position / kPage]);
-  const int64_t at = row.position % kPage * cache.head_stride + dim;
+  const int in_page = row.position % kPage;
+  const int64_t at = TurnedIndex(cache, in_page * cache.head_stride + dim, in_page);
   *reinterpret_cast<uint4*>(page + (HeadOffset(cache, layer, 0, unit.head) + at) * 2) = k;
   *reinterpret_cast<uint4*>(page + (HeadOffset(cache, layer, 1, unit.head) + at) * 2) = v;
 }

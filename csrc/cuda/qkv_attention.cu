@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (is_last) {
       if (lane < 16) {
         char* const to = from + kind * kPageBytes + (positions - 1) * kPositionBytes;
-        reinterpret_cast<uint4*>(to)[piece] =
+        reinterpret_cast<uint4*>(to)[piece ^ (positions - 1) % 8] =
             reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
       }
       __syncwarp();
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
     char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
                      place.in_page * kPositionBytes;
-    reinterpret_cast<uint4*>(to)[piece] =
+    reinterpret_cast<uint4*>(to)[piece ^ place.in_page % 8] =
         reinterpret_cast<const uint4*>(shared.newest[kind])[piece];
   }
 #endif

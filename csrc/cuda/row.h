@@ -145,6 +145,20 @@ __device__ inline CachePlace PlaceOf(const Row& row, const Slot* slots) {
   return CachePlace{place.page, place.in_page};
 }
 
+// Heads of 64 numbers of 16 bits have 128 bytes a position, as many as shared memory has banks, so that equal
+// pieces of neighbouring positions would be in the same ones. So the 16-byte piece i of a position lies in place
+// i ^ TurnOf(position).
+__host__ __device__ inline bool IsTurned(const CacheLayout& cache) {
+  return cache.head_size == 64 && cache.dtype != DType::kFloat32;
+}
+__device__ inline int32_t TurnOf(const CacheLayout& cache, int32_t position) {
+  return IsTurned(cache) ? position % 8 : 0;
+}
+// Where an element of a position lies, whose index would be this: heads begin at multiples of their size.
+__device__ inline int64_t TurnedIndex(const CacheLayout& cache, int64_t index, int32_t position) {
+  return index ^ TurnOf(cache, position) * 8;
+}
+
 // Index in its page of the first element of a head's key (kind 0) or value (kind 1).
 __device__ inline int64_t PageIndex(const CacheLayout& cache, int32_t layer, int32_t kind,
                                     int32_t head, int32_t in_page) {

@@ -200,10 +200,11 @@ __global__ void __launch_bounds__(kThreads) QkvKernel(const QkvTask task) {
     const int32_t head = column / cache.head_size;
     const int32_t d = column - head * cache.head_size;
     const int64_t index = PageIndex(cache, args.layer, kind, head, place.in_page);
+    const int64_t at = TurnedIndex(cache, index + d, place.in_page);
     if (kFours) {
-      StoreFour(cache.dtype, place.page, index + d, x);
+      StoreFour(cache.dtype, place.page, at, x);
     } else {
-      StoreElement(cache.dtype, place.page, index + d, x.x);
+      StoreElement(cache.dtype, place.page, at, x.x);
     }
     if (d + kUnit == cache.head_size) {
       for (int32_t pad = d + kUnit; pad < cache.head_stride; ++pad) {

@@ -90,7 +90,8 @@ struct RowPlace {
   int32_t length;      // positions up to its own; 0 where there is no token
 };
 
-// A page of the KV cache: [layers][keys, values][heads][kPage][head_stride] elements of `dtype`.
+// A page of the KV cache: [layers][keys, values][heads][kPage][head_stride] elements of `dtype`. Where a position
+// of a head has 64 elements of 16 bits, they are turned: see TurnOf.
 struct CacheLayout {
   DType dtype = DType::kFloat16;  // kFloat32, kFloat16 or kBFloat16
   int32_t num_layers = 0;

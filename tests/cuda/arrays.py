@@ -183,6 +183,19 @@ def rows_of(x: np.ndarray, columns: int = 8) -> np.ndarray:
     return padded
 
 
+def turn(pages: np.ndarray, head_size: int) -> np.ndarray:
+    """Pages [..., PAGE, stride] of 16-bit numbers as they lie in memory, or what they are again.
+
+    Of heads of 64 numbers piece i of 8 numbers lies in place i ^ position % 8.
+    """
+    if head_size != 64:
+        return pages
+    pieces = pages.reshape(*pages.shape[:-1], 8, 8)
+    places = np.arange(8) ^ np.arange(ops.PAGE)[:, None] % 8
+    places = places.reshape((1,) * (pages.ndim - 2) + (ops.PAGE, 8, 1))
+    return np.take_along_axis(pieces, places, axis=-2).reshape(pages.shape)
+
+
 class Cache:
     """Slots with pages of their own, filled with a number that nothing writes."""
 
@@ -230,6 +243,8 @@ class Cache:
     def get(self, slot: int) -> np.ndarray:
         """[layers, 2, heads, positions, head_stride] as float64."""
         pages = [decode(page.get()) for page in self._pages[slot]]
+        if self.layout.dtype != ops.FLOAT32:
+            pages = [turn(page, self.layout.head_size) for page in pages]
         return np.concatenate(pages, axis=3)
 
 

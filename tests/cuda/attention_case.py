@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tests.cuda import ops
+from tests.cuda.arrays import turn
 from tests.cuda.memory import Array, Buffer, from_bfloat16, to_bfloat16
 
 DTYPES = {"float32": ops.FLOAT32, "float16": ops.FLOAT16, "bfloat16": ops.BFLOAT16}
@@ -84,6 +85,8 @@ class Sequences:
             stored = np.where(nan, np.uint16(0x7FC0), to_bfloat16(np.where(nan, 0, pool)))
         else:
             stored = pool.astype(dtype)
+        if dtype != "float32":
+            stored = turn(stored, head_size)
         self._pool = Buffer(stored)
         page_bytes = stored[0].nbytes
         table: list[int] = []
