@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
     const int64_t keys = HeadOffset(args.cache, args.layer, 0, head) * sizeof(typename S::Type);
     const int64_t values = HeadOffset(args.cache, args.layer, 1, head) * sizeof(typename S::Type);
     const int row_bytes = args.cache.head_stride * static_cast<int>(sizeof(typename S::Type));
-    const int turns = IsTurned(args.cache) ? 7 : 0;
+    const int turn_mask = TurnMask(args.cache);
     int position = part * span;
     int end = min(length, position + span);
     const char* page = pages[position / kPage];
     uint4 k[S::kLoads][S::kChunks], v[S::kLoads][S::kChunks];
-    LoadTile<S, false>(k, page + keys, row_bytes, turns, position, end, lane);
-    LoadTile<S, false>(v, page + values, row_bytes, turns, position, end, lane);
+    LoadTile<S, false>(k, page + keys, row_bytes, turn_mask, position, end, lane);
+    LoadTile<S, false>(v, page + values, row_bytes, turn_mask, position, end, lane);
 
     Gathered<S> gathered;
     gathered.Query(args.q + row * args.ldq + static_cast<int64_t>(head) * head_size, head_size,
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kWarps * 32, 3) DecodeKernel(const DecodeAtten
 
       float scores[S::kLoads];
       gathered.Multiply(k, scores);
-      LoadTile<S, false>(k, page + keys, row_bytes, turns, next, next_end, lane);
+      LoadTile<S, false>(k, page + keys, row_bytes, turn_mask, next, next_end, lane);
       const float weight = gathered.Weigh(scores, position, end, lane);
       gathered.Add(v, weight, lane);
-      LoadTile<S, false>(v, page + values, row_bytes, turns, next, next_end, lane);
+      LoadTile<S, false>(v, page + values, row_bytes, turn_mask, next, next_end, lane);
 
       if (part_ends) {
         gathered.Store(sums + part * head_size, stats + 2 * part, head_size, lane);

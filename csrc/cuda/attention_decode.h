@@ -152,10 +152,10 @@ __device__ inline void ReduceScatter(float (&values)[kCount], int lane) {
 }
 
 // Keys or values of the positions of a tile. `head` is the first position of the page's; what is at
-// or after position `end` is not read: it may hold anything. Positions are turned (row.h) by `turns`, 7 or 0.
+// or after position `end` is not read: it may hold anything. `turn_mask` is the cache's (row.h).
 template <typename S, bool kShared>
 __device__ inline void LoadTile(uint4 (&tile)[S::kLoads][S::kChunks], const char* head,
-                                int row_bytes, int turns, int position, int end, int lane) {
+                                int row_bytes, int turn_mask, int position, int end, int lane) {
   const int left = end - position - lane / S::kLanes;
   const char* from = head + (position % kPage + lane / S::kLanes) * row_bytes;
 #pragma unroll
@@ -163,7 +163,7 @@ __device__ inline void LoadTile(uint4 (&tile)[S::kLoads][S::kChunks], const char
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       const int piece = c * S::kLanes + lane % S::kLanes;
-      const int turn = (position + i * S::kStep + lane / S::kLanes) & turns;
+      const int turn = (position + i * S::kStep + lane / S::kLanes) & turn_mask;
       tile[i][c] = make_uint4(0, 0, 0, 0);
       if (i * S::kStep < left && piece * 16 < row_bytes) {
         const uint4* const at = reinterpret_cast<const uint4*>(from) + (piece ^ turn);
@@ -280,10 +280,10 @@ struct Gathered {
 
 // out = the parts' sums, weighted by how far each part's maximum lies under the greatest. `stats(part)` reads a
 // part's maximum and sum of weights, `sums(part, d)` its sum of number d of the head, `store(d, x)` writes that
-// number. There is a part.
+// number.
 
-// Up to kFewParts are weighed by each lane, and lanes wait for nothing of each other. What is read of parts
-// behind the last one, whatever it is, has no weight.
+// Up to kFewParts are weighed by each lane, and lanes wait for nothing of each other. Both functions are asked for
+// kFewParts parts, whatever is there behind the last one, which goes into nothing. Of no parts comes no number.
 constexpr int kFewParts = 8;
 
 struct FewWeights {
@@ -323,18 +323,12 @@ __device__ __forceinline__ float SumFewParts(const FewWeights& weights, const Su
   return __fmul_rn(result, weights.each);
 }
 
-// Any number of parts, for the numbers first + lane, first + stride + lane, ... of a head; of more than
-// kFewParts kBatch are read at a time.
+// Any number of parts, kBatch of which are read at a time, for the numbers first + lane,
+// first + stride + lane, ... of a head. There is a part.
 template <int kBatch, typename Stats, typename Sums, typename Store>
-__device__ inline void CombineParts(const Stats& stats, const Sums& sums, int parts, int head_size,
-                                    int first, int stride, int lane, const Store& store) {
-  if (parts <= kFewParts) {
-    const FewWeights weights = WeighFewParts(stats, parts);
-    for (int d = first + lane; d < head_size; d += stride) {
-      store(d, SumFewParts(weights, sums, parts, d));
-    }
-    return;
-  }
+__device__ inline void CombineManyParts(const Stats& stats, const Sums& sums, int parts,
+                                        int head_size, int first, int stride, int lane,
+                                        const Store& store) {
   float2 mine = make_float2(-Infinity(), 0.0f);
   if (lane < parts) mine = stats(lane);
   const float weight = Exp2(mine.x - MaxOfLanes(mine.x));
@@ -354,6 +348,20 @@ __device__ inline void CombineParts(const Stats& stats, const Sums& sums, int pa
     }
     if (begin + lane < head_size) store(d, __fmul_rn(result, each));
   }
+}
+
+// The same by the shorter way where there is one.
+template <int kBatch, typename Stats, typename Sums, typename Store>
+__device__ inline void CombineParts(const Stats& stats, const Sums& sums, int parts, int head_size,
+                                    int first, int stride, int lane, const Store& store) {
+  if (parts <= kFewParts) {
+    const FewWeights weights = WeighFewParts(stats, parts);
+    for (int d = first + lane; d < head_size; d += stride) {
+      store(d, SumFewParts(weights, sums, parts, d));
+    }
+    return;
+  }
+  CombineManyParts<kBatch>(stats, sums, parts, head_size, first, stride, lane, store);
 }
 
 }  // namespace cuda

@@ -28,6 +28,9 @@ template <typename S>
 struct FmaWorker {
   Gathered<S> gathered;
 
+  // Of caches that are not turned (row.h).
+  static constexpr int kTurnMask = 0;
+
   __device__ __forceinline__ explicit FmaWorker(int /*lane*/) {}
   __device__ __forceinline__ void Query(const float* query, int head_size, int lane) {
     gathered.Query(query, head_size, lane);
@@ -41,14 +44,15 @@ struct FmaWorker {
     for (int position = 0; position < page.positions; position += S::kTile) {
       uint4 tile[S::kLoads][S::kChunks];
       float scores[S::kLoads];
-      LoadTile<S, true>(tile, page.keys, page.row_bytes, 0, position, page.positions, lane);
+      LoadTile<S, true>(tile, page.keys, page.row_bytes, kTurnMask, position, page.positions, lane);
       gathered.Multiply(tile, scores);
       const float weight = gathered.Weigh(scores, position, page.positions, lane);
       // Not before lanes have exchanged what they made of the keys: a read that has only been issued
       // may be overtaken by the copy.
       if (position + S::kTile >= page.positions) free_keys();
       if (position == 0) wait_values();
-      LoadTile<S, true>(tile, page.values, page.row_bytes, 0, position, page.positions, lane);
+      LoadTile<S, true>(tile, page.values, page.row_bytes, kTurnMask, position, page.positions,
+                        lane);
       gathered.Add(tile, weight, lane);
     }
   }
@@ -103,7 +107,7 @@ struct PairPieces {
 template <typename T, int kSize>
 struct alignas(16) QueryPieces {
   uint32_t of[kSize];
-  uint32_t thirds[Pieces<T>::kThird ? kSize / 2 : 4];
+  uint32_t thirds[Pieces<T>::kThird ? kSize / 2 : 4];  // not used without; no array is empty
 
   // The scale of queries and weights is in it: what Exp2 takes.
   __device__ __forceinline__ static float Scaled(float x) {
@@ -300,7 +304,7 @@ struct MmaWorker {
     });
   }
 
-  // Zeros behind the positions' values: their weights are 0, and so is what becomes of numbers.
+  // Zeros behind the positions' values: their weights are 0, but 0 times what is there may be NaN.
   __device__ __forceinline__ static void ClearBehind(const SharedPage& page, int lane) {
     if (page.positions == kPage) return;
     const int row_bytes = kFull ? 16 * kChunks : page.row_bytes;
@@ -311,7 +315,7 @@ struct MmaWorker {
     __syncwarp();
   }
 
-  // The same, of keys that have been read, and of values with zeros behind them.
+  // As Page, of keys that have been read, and of values with zeros behind them.
   template <bool kOnly, typename FreeKeys, typename WaitValues>
   __device__ __forceinline__ void PageOf(const Keys& keys, const SharedPage& page, int lane,
                                          const FreeKeys& free_keys, const WaitValues& wait_values) {

@@ -68,7 +68,7 @@ __device__ inline void LoadQueries(char* shared, const uint16_t* q, int64_t ld, 
 struct KeySource {
   int64_t keys, values;  // bytes from the start of a page
   int head_stride;
-  int turns;  // 7 where positions are turned (row.h), else 0
+  int turn_mask;  // the cache's (row.h)
   int fresh;
   // Position p's are `row_bytes` times p behind these.
   const char* fresh_keys;
@@ -93,7 +93,7 @@ __device__ inline void LoadKeys(char* stage, const char* const (&pages)[S::kPage
     const char* page = pages[first / kPage];
     const int in_row = first % kPage + row;
     const int64_t in_page =
-        (in_row * source.head_stride + (chunk ^ (in_row & source.turns)) * 8) * 2;
+        (in_row * source.head_stride + (chunk ^ (in_row & source.turn_mask)) * 8) * 2;
     const char* key = page + source.keys + in_page;
     const char* value = page + source.values + in_page;
     if (at >= source.fresh) {
@@ -120,7 +120,7 @@ __device__ inline void StoreKeys(char* stage, char* const* pages, const KeySourc
     const int at = position + first + row;
     if (at < begin || at >= length || chunk * 8 >= source.head_stride) continue;
     char* const to = pages[at / kPage] +
-                     (at % kPage * source.head_stride + (chunk ^ (at & source.turns)) * 8) * 2;
+                     (at % kPage * source.head_stride + (chunk ^ (at & source.turn_mask)) * 8) * 2;
     const char* const from = At<S>(stage, first + row, chunk);
     *reinterpret_cast<uint4*>(to + source.keys) = *reinterpret_cast<const uint4*>(from);
     *reinterpret_cast<uint4*>(to + source.values) =
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) MmaKernel(const PrefillAttentionA
   source.keys = HeadOffset(args.cache, args.layer, 0, head) * 2;
   source.values = HeadOffset(args.cache, args.layer, 1, head) * 2;
   source.head_stride = args.cache.head_stride;
-  source.turns = IsTurned(args.cache) ? 7 : 0;
+  source.turn_mask = TurnMask(args.cache);
   source.fresh = args.k != nullptr ? run.begin : INT_MAX;
   source.row_bytes = args.ldq * 2;
   const int64_t of_zero = (run.first_row - run.begin) * source.row_bytes + column * 2;

@@ -54,9 +54,9 @@ __device__ inline float GroupSum(float x) {
 }
 
 // Keys or values of `count` positions as float32, zero where there are none and up to kHead. They begin at a
-// multiple of 8 positions, which are turned (row.h) by `turns`, 7 or 0.
+// multiple of 8 positions; `turn_mask` is the cache's (row.h).
 template <typename S>
-__device__ inline void LoadTile(float* shared, const char* head, int head_stride, int turns,
+__device__ inline void LoadTile(float* shared, const char* head, int head_stride, int turn_mask,
                                 int count) {
   constexpr int kSize = Vector<typename S::Type>::kSize;
   constexpr int kVectors = S::kHead / kSize;
@@ -66,7 +66,7 @@ __device__ inline void LoadTile(float* shared, const char* head, int head_stride
     const int row = i / kVectors, column = i % kVectors * kSize;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (row < count && column < head_stride) {
-      const int piece = column / kSize ^ (row & turns);
+      const int piece = column / kSize ^ (row & turn_mask);
       v = __ldg(reinterpret_cast<const uint4*>(head) + row * head_stride / kSize + piece);
     }
     float f[kSize];
@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
   const int first = (gridDim.z - 1 - blockIdx.z) * S::kRows;
   if (run.slot < 0 || first >= run.count) return;
   const int head = blockIdx.x, head_size = args.cache.head_size;
-  const int head_stride = args.cache.head_stride, turns = IsTurned(args.cache) ? 7 : 0;
-  static_assert(S::kKeys % 8 == 0, "as LoadTile takes positions");
+  const int head_stride = args.cache.head_stride, turn_mask = TurnMask(args.cache);
   const int x = threadIdx.x % 8, y = threadIdx.x / 8;
   const int rows = min(S::kRows, run.count - first);
   const int begin = run.begin + first;
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) FmaKernel(const PrefillAttentionArgs
         static_cast<int64_t>(position % kPage) * head_stride * sizeof(typename S::Type);
     const int count = min(S::kKeys, length - position);
     __syncthreads();
-    LoadTile<S>(k_shared, page + keys + in_page, head_stride, turns, count);
-    LoadTile<S>(v_shared, page + values + in_page, head_stride, turns, count);
+    LoadTile<S>(k_shared, page + keys + in_page, head_stride, turn_mask, count);
+    LoadTile<S>(v_shared, page + values + in_page, head_stride, turn_mask, count);
     __syncthreads();
 
     float s[kQ][kK];

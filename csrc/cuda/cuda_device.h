@@ -23,10 +23,10 @@ namespace fastgen::cuda {
 // without choosing tokens in it, or as one kernel where they can. Tests choose; it is the whole process's.
 enum class StepPolicy : int32_t { kAutomatic, kKernels, kChoiceApart, kOneKernel };
 void SetStepPolicy(StepPolicy policy);
-// Steps that were launched as one kernel so far, and of these those that chose tokens.
+// Steps that were launched so far: as one kernel, of these those that chose tokens, and as a graph of kernels one
+// of which is attention with its input.
 struct StepCounts {
-  int64_t one_kernel, choosing;
-  int64_t joined;  // graphs where attention is one kernel with its input
+  int64_t one_kernel, choosing, joined;
 };
 StepCounts CountSteps();
 
@@ -68,7 +68,7 @@ class CudaDevice {
   static constexpr int32_t kJoinedLength = kDecodeParts * kPage;
   // Steps of three and four rows of 16-bit weights are sooner done by kernels than as one where attention joins
   // the product before it and no row has more than so many tokens for each row of the step. In networks so wide
-  // they are where it joins, and where they have so many tokens in all. Measured on an H200.
+  // they are where it joins, and where it cannot if they have so many tokens in all. Measured on an H200.
   static constexpr int32_t kSplitRows = 3;
   static constexpr int32_t kSplitLength = 200;
   static constexpr int32_t kWideColumns = 1280;

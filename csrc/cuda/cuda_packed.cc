@@ -85,12 +85,14 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
     qkv.ldy = hidden_stride_;
     qkv.layer = i;
     qkv.places = s.places.as<RowPlace>();
-    // The first one waits for the embedding, and for all that earlier steps wrote; the others rely on it.
+    // The embedding ends after the plan, and the first product lets nobody start before the embedding has
+    // ended: what kernels after it read early is there, attention of the first layer included.
     qkv.first = i == 0;
     if (joined) {
       QkvAttentionArgs both;
       both.qkv = qkv;
-      // The embedding, which writes them, may still run; what it finds them by is there.
+      // The embedding, which writes them, may still run. It has not overlapped, so that row_list, slots and
+      // the cache are as earlier steps have left them.
       if (i == 0) both.qkv.places = nullptr;
       both.packed = attended.data;
       both.ld = attended.stride;

@@ -102,9 +102,9 @@ struct LinearRowsArgs {
                 // has ended, as row_list; null: found out from it
   PiecesAhead ahead;
   bool overlap = false;
-  // With `overlap`, of a step's first product: only weights are read before the kernel before has ended, and
-  // row_list and what it leads to where `places` is null, which all kernels before that one have left. The
-  // next one starts no sooner than it has ended, so that what it reads early is there.
+  // With `overlap`, of a step's first product: nothing that the kernel before writes is read before that has
+  // ended, and the next kernel starts no sooner, so that what it reads early is there. QkvAttention has no
+  // `places` then, and reads row_list and what it leads to early.
   bool first = false;
   int32_t cluster = 0;  // blocks that share outputs, 1, 2, 4 or 8; 0: by the shape of w
 };
@@ -241,7 +241,8 @@ struct DecodeAttentionArgs {
   void* plan = nullptr;
   // With a plan: the kernel may start before the kernel before it in the stream has ended, and reads
   // the plan, page tables and the cache but for each row's own position. Between what wrote these and
-  // this kernel there has to be one that has started without overlapping.
+  // this kernel there has to be one that has started without overlapping, or a product that was launched as
+  // `first`.
   bool overlap = false;
 };
 // Splits that fill a device of so many multiprocessors.

@@ -137,8 +137,8 @@ __device__ __forceinline__ void LoadRound(const Thread<kRows>& self, const Unit&
   const bool own = at != nullptr && self.lane % R::kLanes * 8 < self.plan.head_size;
   const int left = own ? cached - first - self.lane / R::kLanes : 0;
   const int stride = R::kStep * self.plan.cache.head_stride * 2;
-  // Four positions further the piece lies in the other half of a turned position.
-  static_assert(R::kLanes != 8 || R::kStep == 4, "lanes of heads of up to 64 numbers");
+  // Four positions further the piece lies in the other half of a turned position, which begins at 128 bytes.
+  static_assert(R::kLanes != 8 || R::kSpan % 8 == 0, "a warp's positions begin with a turn");
   const int half = R::kLanes == 8 && IsTurned(self.plan.cache) ? 64 : 0;
   const char* const other = reinterpret_cast<const char*>(reinterpret_cast<uint64_t>(at) ^ half);
 #pragma unroll

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int32_t page_at = Kept(pages.SlotAt(warp));
   uint32_t page_there = Kept(SharedAddress(shared.slots + warp));
   const bool late = early < pages.own && !pages.Done();
-  // What can be done with it is done while the query is made, where it is there early.
+  // What can be done with the first page is done while the query is made, where the page is there early.
   const bool is_early =
       warp < kFinishers && (chunks == 0 || warp < plan.early_slots) && warp < pages.count;
   const int32_t parts = Kept(pages.count);
@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const FewWeights weights = WeighFewParts(stats_of, parts);
       store(d, parts > 0 ? SumFewParts(weights, sums_of, parts, d) : 0.0f);
     } else {
-      CombineParts<8>(stats_of, sums_of, parts, kHeadSize, warp * 32, kHeadSize, lane, store);
+      CombineManyParts<8>(stats_of, sums_of, parts, kHeadSize, warp * 32, kHeadSize, lane, store);
     }
   } else if (warp == kCacheWarp && lane < 16 && place.page != nullptr) {
     char* const to = place.page + pages.head_at + (kind == 0 ? 0 : plan.values_at) +
@@ -461,6 +461,7 @@ cudaError_t QkvAttention(const QkvAttentionArgs& args, cudaStream_t stream) {
   using namespace qkv_attention;
   const LinearRowsArgs& qkv = args.qkv;
   if (qkv.rows == 0) return cudaSuccess;
+  if (qkv.first && qkv.places != nullptr) return cudaErrorInvalidValue;
   AttendPlan plan = {};
   const int64_t shared_bytes = Arrange(qkv.w, &plan);
   if (shared_bytes == 0) return cudaErrorInvalidValue;

@@ -145,16 +145,19 @@ __device__ inline CachePlace PlaceOf(const Row& row, const Slot* slots) {
   return CachePlace{place.page, place.in_page};
 }
 
-// Heads of 64 numbers of 16 bits have 128 bytes a position, as many as shared memory has banks, so that equal
-// pieces of neighbouring positions would be in the same ones. So the 16-byte piece i of a position lies in place
+// A position of 64 numbers of 16 bits has 128 bytes, one pass over the banks of shared memory, so that equal
+// pieces of neighbouring positions would be in the same banks. So its 16-byte piece i lies in place
 // i ^ TurnOf(position).
-__host__ __device__ inline bool IsTurned(const CacheLayout& cache) {
+__device__ inline bool IsTurned(const CacheLayout& cache) {
   return cache.head_size == 64 && cache.dtype != DType::kFloat32;
 }
+// What is left of a position as its turn.
+__device__ inline int32_t TurnMask(const CacheLayout& cache) { return IsTurned(cache) ? 7 : 0; }
 __device__ inline int32_t TurnOf(const CacheLayout& cache, int32_t position) {
   return IsTurned(cache) ? position % 8 : 0;
 }
-// Where an element of a position lies, whose index would be this: heads begin at multiples of their size.
+// The index of an element of a position, which would be `index` were it not turned. Where it is, it begins at a
+// multiple of 64 elements, and pieces are bits 3 to 5.
 __device__ inline int64_t TurnedIndex(const CacheLayout& cache, int64_t index, int32_t position) {
   return index ^ TurnOf(cache, position) * 8;
 }

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) SampleKernel(const 
   group.exchange.Start();
   const bool loads_state = group.warp == RowGroup::kWarps - 1;
   if (loads_state) LoadSlot(args, row, group.lane, &s);
-  group.exchange.WaitForStart();
+  group.exchange.WaitForStart();  // by now, when there is nothing else to do
   WaitForGrid();
   Sharing sharing = {count, kThreads - 32,
                      reinterpret_cast<uintptr_t>(row_logits) % sizeof(float4) == 0};
@@ -363,13 +363,8 @@ cudaError_t Sample(const SampleArgs& args, cudaStream_t stream) {
   cudaError_t status = GetDeviceLimits(&limits);
   if (status != cudaSuccess) return status;
   bool launched = false;
-  // More rows: fewer blocks for each, a multiprocessor for each block as long as there are enough.
-  const int32_t most_parts = limits.multiprocessors / args.rows;
-  if (most_parts >= 2 && most_parts < 4) {
-    status = TryClusters<2, Storage::kLogits>(args, scale, limits, stream, &launched);
-    if (launched || status != cudaSuccess) return status;
-  }
-  if (most_parts < 8) {
+  // More rows: fewer blocks for each. With two, fewer tokens would be known to hold the first k.
+  if (args.rows * 8 > limits.multiprocessors) {
     status = TryClusters<4, Storage::kLogits>(args, scale, limits, stream, &launched);
     if (launched || status != cudaSuccess) return status;
   }

@@ -267,7 +267,9 @@ class Filter {
     return {0.0f, -1};
   }
 
-  // The same by one warp, where there are no more than kOfOneWarp: in one of its lanes.
+  static constexpr uint32_t kOfOneWarp = 32;
+  // The same by one warp, where there are no more than kOfOneWarp: in one of its lanes. As in the step that is
+  // one kernel (persistent_draw.h), whose tokens have to be these.
   __device__ Listed DrawFromFewest(uint32_t count, uint32_t k, uint64_t limit,
                                    uint32_t draw) const {
     const auto lane = static_cast<uint32_t>(group.lane);
@@ -300,7 +302,6 @@ class Filter {
     if (running <= target && running + kept > target) return listed;
     return {0.0f, -1};
   }
-  static constexpr uint32_t kOfOneWarp = 32;
 
  private:
   // How threads share the looking from each of few candidates at all: neighbouring lanes look from
