@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) SampleKernel(const 
   group.exchange.Start();
   const bool loads_state = group.warp == RowGroup::kWarps - 1;
   if (loads_state) LoadSlot(args, row, group.lane, &s);
-  group.exchange.WaitForStart();  // by now, when there is nothing else to do
+  group.exchange.WaitForStart();  // while there are no logits to work on
   WaitForGrid();
   Sharing sharing = {count, kThreads - 32,
                      reinterpret_cast<uintptr_t>(row_logits) % sizeof(float4) == 0};
