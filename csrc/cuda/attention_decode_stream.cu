@@ -32,11 +32,13 @@ struct StreamTask {
   int32_t queries_at, results_at, barriers_at;  // in shared memory; the rings are first
 };
 
-// The kernel's flavours: how warps work, how many there are, pieces of their rings at most, and parts of a run.
+// The kernel's flavours: how warps work, how many there are, pieces of their rings, at most and by the step's
+// rows, and parts of a run.
 template <typename S, int kWarps_, int kRun_ = 1>
 struct OnFma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kMostPieces;
+  static constexpr int PiecesOf(int32_t) { return kPieces; }
   static constexpr int kRun = kRun_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = FmaWorker<S>;
@@ -48,6 +50,10 @@ template <typename T, int kChunks, bool kFull, int kWarps_, int kPieces_ = kMost
 struct OnMma {
   static constexpr int kWarps = kWarps_;
   static constexpr int kPieces = kPieces_;
+  // Of few rows warps have few pages: what they ask for early is in the way of what others wait for.
+  static constexpr int PiecesOf(int32_t rows) {
+    return !kFull || rows > 32 ? kPieces : rows > 16 ? 3 : 2;
+  }
   static constexpr int kRun = kRun_;
 #if FASTGEN_ARCH_HAS_PERSISTENT
   using Worker = MmaWorker<T, kChunks, kFull>;
@@ -342,14 +348,14 @@ cudaError_t WithFlavour(const CacheLayout& cache, const Call& call) {
     }
     case DType::kFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (cache.head_size == 64) return call(OnMma<__half, 8, true, 12, 2, 6>());
+      if (cache.head_size == 64) return call(OnMma<__half, 8, true, 12, 4, 6>());
       if (chunks <= 8) return call(OnMma<__half, 8, false, 16, 2>());
       if (chunks <= 16) return call(OnMma<__half, 16, false, 8>());
       return call(OnFma<DecodeShape<__half, 32, 1, 4>, 4>());
     }
     case DType::kBFloat16: {
       const int chunks = cache.head_stride / 8;
-      if (cache.head_size == 64) return call(OnMma<BFloat16, 8, true, 12, 2, 6>());
+      if (cache.head_size == 64) return call(OnMma<BFloat16, 8, true, 12, 4, 6>());
       if (chunks <= 8) return call(OnMma<BFloat16, 8, false, 12>());
       if (chunks <= 16) return call(OnMma<BFloat16, 16, false, 8>());
       return call(OnFma<DecodeShape<BFloat16, 32, 1, 4>, 4>());
@@ -370,16 +376,16 @@ StreamGrid GridOf(const DeviceLimits& limits) {
 // Shares shared memory out; returns the bytes, 0 where it does not suffice. It is most of a
 // multiprocessor's, so that no two blocks meet on one.
 template <typename Flavour>
-int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, StreamTask* task) {
+int32_t Arrange(const CacheLayout& cache, const DeviceLimits& limits, int32_t pieces,
+                StreamTask* task) {
   constexpr int32_t kWarps = Flavour::kWarps;
   task->row_bytes = cache.head_stride * (cache.dtype == DType::kFloat32 ? 4 : 2);
   const int32_t piece_bytes = kPage * task->row_bytes;
   task->results = GridOf<Flavour>(limits).results();
   const int32_t query_bytes = (kWarps * 2 * cache.head_size * 4 + 15) / 16 * 16;
   const int32_t result_bytes = (task->results * (cache.head_size + 2) * 4 + 15) / 16 * 16;
-  constexpr int32_t kPieces = Flavour::kPieces;
   task->pieces = std::min(
-      kPieces, (limits.shared_bytes - query_bytes - result_bytes) / (kWarps * (piece_bytes + 8)));
+      pieces, (limits.shared_bytes - query_bytes - result_bytes) / (kWarps * (piece_bytes + 8)));
   if (task->pieces < 2) return 0;
   task->queries_at = kWarps * task->pieces * piece_bytes;
   task->results_at = task->queries_at + query_bytes;
@@ -402,7 +408,7 @@ struct AskGrid {
     status = GetDeviceLimits(&limits);
     if (status != cudaSuccess) return status;
     StreamTask task;
-    if (Arrange<Flavour>(cache, limits, &task) == 0) return cudaSuccess;
+    if (Arrange<Flavour>(cache, limits, Flavour::kPieces, &task) == 0) return cudaSuccess;
     *grid = GridOf<Flavour>(limits);
     return cudaSuccess;
   }
@@ -415,11 +421,13 @@ struct LaunchStream {
   template <typename Flavour>
   cudaError_t operator()(Flavour) const {
     DeviceLimits limits;
-    const cudaError_t status = GetDeviceLimits(&limits);
+    cudaError_t status = GetDeviceLimits(&limits);
+    if (status != cudaSuccess) return status;
+    status = PreferSharedMemory(reinterpret_cast<const void*>(StreamKernel<Flavour>));
     if (status != cudaSuccess) return status;
     const StreamGrid grid = GridOf<Flavour>(limits);
     StreamTask task;
-    const int32_t bytes = Arrange<Flavour>(args.cache, limits, &task);
+    const int32_t bytes = Arrange<Flavour>(args.cache, limits, Flavour::PiecesOf(args.rows), &task);
     if (bytes == 0) return cudaErrorInvalidValue;
     task.args = args;
     PlaceDecodePlan(grid, args.cache, args.rows, args.plan, &task.plan);

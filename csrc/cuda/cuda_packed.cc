@@ -113,8 +113,9 @@ void CudaDevice::LaunchPackedForward(int32_t rows) {
         Check(PackRows(pack, stream_), "launching the packing of rows");
       }
     }
-    Check(LinearRows(add(layer.attention_out, attended, layer.norm2.weight), stream_),
-          "launching the attention's output");
+    LinearRowsArgs out = add(layer.attention_out, attended, layer.norm2.weight);
+    out.after_attention = true;
+    Check(LinearRows(out, stream_), "launching the attention's output");
     LinearRowsArgs in = PackedProduct(layer.feed_forward_in, x, rows, Epilogue::kGelu);
     fold_in(layer.folded2, &in);
     in.out = wide;

@@ -29,7 +29,7 @@ class GraphRecorder {
   // With `overlap` the kernel may start early, where graphs know of that (CUDA 12.3).
   // `arguments` are copied.
   cudaError_t Add(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, int cluster,
-                  bool overlap, void** arguments) {
+                  bool packed, bool overlap, void** arguments) {
     cudaGraphNode_t node = nullptr;
     const cudaGraphNode_t* const before = last_ == nullptr ? nullptr : &last_;
     const size_t num_before = last_ == nullptr ? 0 : 1;
@@ -69,9 +69,16 @@ class GraphRecorder {
       value.clusterDim.y = 1;
       value.clusterDim.z = 1;
       status = cudaGraphKernelNodeSetAttribute(node, cudaLaunchAttributeClusterDimension, &value);
+      if (status == cudaSuccess && packed) {
+        value = {};
+        value.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
+        status = cudaGraphKernelNodeSetAttribute(
+            node, cudaLaunchAttributeClusterSchedulingPolicyPreference, &value);
+      }
     }
 #else
     static_cast<void>(cluster);
+    static_cast<void>(packed);
 #endif
     last_ = node;
     return status;

@@ -101,6 +101,9 @@ struct LinearRowsArgs {
       nullptr;  // of row_list, as Embed writes them: read before the kernel before
                 // has ended, as row_list; null: found out from it
   PiecesAhead ahead;
+  // The kernel before is attention, which fills multiprocessors: this one's blocks start when it ends, with little to
+  // ask for, and the next ones need not wait for them.
+  bool after_attention = false;
   bool overlap = false;
   // With `overlap`, of a step's first product: nothing that the kernel before writes is read before that has
   // ended, and the next kernel starts no sooner, so that what it reads early is there. QkvAttention has no

@@ -19,6 +19,7 @@ struct LaunchShape {
   int32_t threads = 0;
   size_t shared_bytes = 0;
   int32_t cluster = 1;   // neighbouring blocks in x that run together
+  bool packed = false;   // a cluster's blocks may share multiprocessors as the device sees fit
   bool overlap = false;  // may start before the kernel before it has ended: see WaitForGrid
 };
 
@@ -64,8 +65,17 @@ inline cudaError_t AllowSharedBytes(const void* kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
+// While blocks run, a multiprocessor's shared memory cannot grow at the cost of its first-level cache. So a
+// kernel of which only one block has room leaves none to the next one's, which start early, unless it asks for all.
+inline cudaError_t PreferSharedMemory(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
+
 #if FASTGEN_CUDA_HAS_CLUSTERS
-inline int SetAttributes(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2]) {
+constexpr int kMostAttributes = 3;
+inline int SetAttributes(const LaunchShape& shape,
+                         cudaLaunchAttribute (&attributes)[kMostAttributes]) {
   int count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -73,6 +83,12 @@ inline int SetAttributes(const LaunchShape& shape, cudaLaunchAttribute (&attribu
     attributes[count].val.clusterDim.y = 1;
     attributes[count].val.clusterDim.z = 1;
     ++count;
+    if (shape.packed) {
+      attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+      attributes[count].val.clusterSchedulingPolicyPreference =
+          cudaClusterSchedulingPolicyLoadBalancing;
+      ++count;
+    }
   }
   if (shape.overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -88,7 +104,7 @@ inline cudaError_t MaxActiveClusters(const void* kernel, const LaunchShape& shap
 #if FASTGEN_CUDA_HAS_CLUSTERS
   cudaError_t status = AllowSharedBytes(kernel, shape.shared_bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[kMostAttributes];
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
@@ -162,10 +178,10 @@ cudaError_t LaunchAllowed(void (*kernel)(Args), LaunchShape shape, cudaStream_t 
   const dim3 block(static_cast<unsigned>(shape.threads));
   if (GraphRecorder* const recorder = GraphRecorder::Current()) {
     return recorder->Add(function, shape.grid, block, shape.shared_bytes, shape.cluster,
-                         shape.overlap, pointers);
+                         shape.packed, shape.overlap, pointers);
   }
 #if FASTGEN_CUDA_HAS_CLUSTERS
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[kMostAttributes];
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = block;

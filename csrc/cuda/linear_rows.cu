@@ -36,13 +36,6 @@ __device__ __forceinline__ int32_t ShareBegin(const RowsPlan& plan, int32_t rank
   return static_cast<int32_t>(static_cast<uint32_t>(plan.chunks) * rank >> plan.cluster_bits);
 }
 
-// When the next kernel may start. The sooner the better where rows are few: there is a long way to go until it is ready
-// for what it waits for. The weights that it asks for are in the way of many rows.
-enum class NextStarts { kAtOnce, kReady, kWithRows };
-__host__ __device__ constexpr NextStarts NextStartsOf(int rows) {
-  return rows <= 16 ? NextStarts::kAtOnce : rows <= 32 ? NextStarts::kReady : NextStarts::kWithRows;
-}
-
 // Has the block's share of weights and rows copied; by one thread. Where all of it has room, it is waited
 // for as one, and asked for in one if rows are whole chunks; the last of its chunks may not be used.
 template <int kRows, bool kResident>
@@ -80,13 +73,13 @@ struct Supply {
     if (kResident && plan.copied_at_once == plan.stages) {
       WaitForGrid();
       CopyRows(0, 0);
-      if (NextStartsOf(kRows) == NextStarts::kWithRows) LetNextGridStart();
+      if (plan.next == NextStarts::kWithRows) LetNextGridStart();
       return;
     }
     WaitForGrid();
 #pragma unroll 1
     for (int32_t i = 0; i < plan.stages; i += plan.copied_at_once) CopyRows(i, i);
-    if (NextStartsOf(kRows) == NextStarts::kWithRows) LetNextGridStart();
+    if (plan.next == NextStarts::kWithRows) LetNextGridStart();
     if (kResident) return;
     int32_t stage = 0;
     uint32_t parity = 0;
@@ -147,9 +140,8 @@ template <typename Element, int kRows, Epilogue kEpilogue, bool kResident>
 __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
     RowsKernel(const FASTGEN_GRID_CONSTANT RowsPlan plan) {
 #if FASTGEN_ARCH_HAS_WARPGROUP
-  constexpr NextStarts kNextStarts = NextStartsOf(kRows);
   __shared__ Barriers barriers;
-  if (kNextStarts == NextStarts::kAtOnce && !plan.args.first) LetNextGridStart();
+  if (plan.next == NextStarts::kAtOnce) LetNextGridStart();
   // A swizzled line's place follows from its address.
   char* const shared = SharedMemory() + (1024 - SharedAddress(SharedMemory()) % 1024) % 1024;
   const LinearRowsArgs& args = plan.args;
@@ -220,9 +212,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 16 ? 3 : 2)
   };
   if (args.first) WaitForGrid();
   __syncthreads();
-  if (kNextStarts == NextStarts::kReady || (kNextStarts == NextStarts::kAtOnce && args.first)) {
-    LetNextGridStart();
-  }
+  if (plan.next == NextStarts::kReady) LetNextGridStart();
   if (blocks > 1) ClusterArrive();
   // Nobody but the warp waits for what it reads, which may be one read after another.
   if (kEpilogue == Epilogue::kQkv && warp == kWarps - 1) {
@@ -377,11 +367,22 @@ int64_t Arrange(int32_t kernel_rows, RowsPlan* plan) {
   return plan->places_at + locals * static_cast<int64_t>(sizeof(CachePlace)) + 1024;
 }
 
+NextStarts NextStartsOf(const LinearRowsArgs& args) {
+  if (args.rows > 32) return NextStarts::kWithRows;
+  const bool at_once = args.rows <= 8 || args.after_attention;
+  return at_once && !args.first ? NextStarts::kAtOnce : NextStarts::kReady;
+}
+
 template <typename Element, int kRows, Epilogue kEpilogue>
 cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
   const LinearRowsArgs& args = plan->args;
   LaunchShape shape;
-  shape.shared_bytes = static_cast<size_t>(Arrange(kRows, plan));
+  plan->next = NextStartsOf(args);
+  const int64_t shared_bytes = Arrange(kRows, plan);
+  // Where two blocks have room all take half: beside blocks of other sizes the next kernel's do not find room
+  // everywhere, and crowd where they do.
+  constexpr int64_t kLeast = kRows == 16 || kRows == 32 ? kSharedBytes - kFixedBytes : 0;
+  shape.shared_bytes = static_cast<size_t>(std::max(shared_bytes, kLeast));
   const cudaError_t status =
       MakeMaps(args, kRows, plan->copied_at_once, &plan->weights, &plan->rows);
   if (status != cudaSuccess) return status;
@@ -389,6 +390,7 @@ cudaError_t LaunchRows(RowsPlan* plan, cudaStream_t stream) {
                     static_cast<unsigned>(Quotient(args.rows, kRows)));
   shape.threads = kThreads;
   shape.cluster = 1 << plan->cluster_bits;
+  shape.packed = PackedClusters(args.rows);
   shape.overlap = args.overlap;
   return plan->resident
              ? Launch(RowsKernel<Element, kRows, kEpilogue, true>, shape, stream, *plan)

@@ -31,9 +31,18 @@ constexpr int64_t kSharedBytes = 112 * 1024;
 constexpr int32_t kFixedBytes = 1024;  // of it, for what has a size of its own, at most
 static_assert(kTileOutputs == kPartColumns, "a tile is a part of the next norm");
 
+// When the next kernel may start. The sooner the better where rows are few: there is a long way to go until it is ready
+// for what it waits for. The weights that it asks for are in the way of many rows.
+enum class NextStarts : int32_t { kAtOnce, kReady, kWithRows };
+
+// Whether blocks of a cluster are best placed as the device sees fit (LaunchShape::packed), in kernels of
+// steps of so many rows.
+inline bool PackedClusters(int32_t rows) { return rows <= 8 || rows > 64; }
+
 struct RowsPlan {
   TensorMap weights, rows;
   LinearRowsArgs args;
+  NextStarts next;
   float query_factor;  // 1 / sqrt(head_size)
   float inverse_in;    // 1 / columns
   Divisor head_size;

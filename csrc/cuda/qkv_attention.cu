@@ -451,6 +451,7 @@ cudaError_t LaunchWith(AttendPlan* plan, int64_t shared_bytes, cudaStream_t stre
                     static_cast<unsigned>(Quotient(args.rows, kRows)));
   shape.threads = kThreads;
   shape.cluster = kBlocks;
+  shape.packed = linear_rows::PackedClusters(args.rows);
   shape.overlap = args.overlap;
   return Launch(AttendKernel<Element>, shape, stream, *plan);
 }
