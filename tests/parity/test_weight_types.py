@@ -137,7 +137,7 @@ def test_bfloat16(parity_log: ParityLog, case: fg.Case) -> None:
 def test_keys_and_values_of_that_type(dtype: str, margin: float) -> None:
     log = ParityLog()
 
-    @share(0.03, least=200)
+    @share(0.03, least=400)  # as below
     @given(case=fg.cases(max_new_tokens=8))
     @example(case=ROUNDED_KEYS)
     def run(case: fg.Case) -> None:
